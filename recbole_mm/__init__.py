@@ -1,0 +1,5 @@
+"""Multimodal recommendation for RecBole."""
+
+from recbole_mm import compat
+
+compat.apply()
