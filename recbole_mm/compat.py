@@ -1,19 +1,18 @@
 """Adaptations that let RecBole 1.2.1 run unchanged on current NumPy, SciPy, pandas, PyTorch and setuptools, and without ray.
 
-RecBole's last release is of 2023 (its issue 2215 asks for today's libraries). Each function below adapts one thing and says what breaks without it
-and why. `apply` arranges that a function runs when the RecBole module that it concerns is imported, so ``import recbole_mm`` costs nothing by itself.
-Nothing here changes a result, and nothing reaches beyond RecBole, with two exceptions that RecBole itself needs: the old names that RecBole's
-own Config puts into NumPy, and one private method of SciPy's ``dok_matrix``.
+RecBole's last release is of 2023 (its issue 2215 asks for today's libraries). Each function below adapts one thing and says what breaks
+without it and why. `apply` arranges that a function runs when the RecBole module that it concerns is imported, so ``import recbole_mm``
+costs nothing by itself. Nothing here changes a result, and nothing reaches beyond RecBole, with two exceptions that RecBole itself needs:
+the old names that RecBole's own Config puts into NumPy, and one private method of SciPy's ``dok_matrix``.
 """
 
 import contextlib
 import functools
 import importlib
 import importlib.abc
-import importlib.machinery
+import pickle
 import sys
 import types
-import warnings
 from collections.abc import Callable
 
 from recbole_mm.errors import UserError
@@ -28,9 +27,9 @@ class MissingRecBole(UserError, ImportError):
 def numpy_aliases(module: types.ModuleType) -> None:
     """``Config.compatibility_settings`` reads ``np.float_`` and ``np.unicode_``, which NumPy 2.0 removed (RecBole issue 2215).
 
-    RecBole's other modules read ``np.float`` and its like, which that method puts into NumPy. This sets the same names to the same types; names
-    that the installed NumPy has again (``np.bool``, ``np.long``) stay as they are. They are set on import, so that ``Interaction`` and
-    the metrics work before the first Config, as they did with the NumPy of 2021.
+    RecBole's other modules read ``np.float`` and its like, which that method puts into NumPy. This sets the same names to the same types;
+    names that the installed NumPy has again (``np.bool``, ``np.long``) stay as they are. They are set on import, so that ``Interaction``
+    and the metrics work before the first Config, as they did with the NumPy of 2021.
     """
     import numpy as np
 
@@ -60,110 +59,147 @@ def scipy_dok_update(module: types.ModuleType) -> None:
         dok_matrix._update = lambda self, data: self._dict.update(data)
 
 
-def pandas_missing_values(module: types.ModuleType) -> None:
-    """``df[field].fillna(..., inplace=True)`` does nothing since pandas 3 (copy on write), so missing values survive and the run fails.
+def pandas_frames(module: types.ModuleType) -> None:
+    """Three things changed in pandas 3 on which RecBole's datasets rely; without them all models that read user or item attributes fail.
 
-    `Dataset._fill_nan` gets frames whose missing tokens and numbers are filled already, with the values RecBole uses; the part of it that
-    still works (sequences) then runs as it is. See pandas' "Copy-on-Write" migration guide on chained in-place methods.
-    """
-    dataset_class, kinds = module.Dataset, module.FeatureType
-    original = dataset_class._fill_nan
+    * ``frame[field].fillna(..., inplace=True)`` no longer reaches the frame (copy on write), so missing values survive.
+    * ``column.agg(len)`` is the length of the column, no longer that of each entry (pandas pull request 53325), so every sequence is cut
+    wrongly; with ready splits of sequences the item lengths would be wrong without any error.
+    * ``read_csv(dtype=str)`` gives the new string type in place of objects.
 
-    @functools.wraps(original)
-    def fill_nan(self):
-        for name in self.feat_name_list:
-            frame = getattr(self, name)
-            for field in frame:
-                kind = self.field2type[field]
-                if kind == kinds.TOKEN:
-                    frame[field] = frame[field].fillna(value=0)
-                elif kind == kinds.FLOAT:
-                    frame[field] = frame[field].fillna(value=frame[field].mean())
-        with _no_chained_assignment_warning():
-            original(self)
-
-    dataset_class._fill_nan = fill_nan
-
-
-def pandas_strings(module: types.ModuleType) -> None:
-    """``pd.read_csv(dtype=str)`` gives the new string type since pandas 3, and empty sequence fields stay missing (see above).
-
-    RecBole's dataset module reads its files through a stand-in for ``pd`` whose `read_csv` returns what pandas 2 returned: object columns; and
-    in the columns declared as sequences (``genre:token_seq``) an empty string in place of a missing value, as RecBole's next statement intends.
+    RecBole's dataset module therefore sees a stand-in for ``pd`` whose `read_csv` and `DataFrame` give a subclass with the old behaviour
+    in these three points. Everything derived from such a frame (``merge``, ``concat``, selections) is of the subclass too. pandas itself
+    is not touched.
     """
     import pandas as pd
 
+    class Column(pd.Series):
+        _internal_names = [*pd.Series._internal_names, "_source"]  # pandas' way to have an attribute that is no data and is not copied on
+        _internal_names_set = set(_internal_names)
+        _source = None  # (frame, field) that the column was taken from
+
+        @property
+        def _constructor(self):
+            return Column
+
+        @property
+        def _constructor_expanddim(self):
+            return Frame
+
+        def agg(self, func=None, *args, **kwargs):
+            return self.map(func) if func is len else super().agg(func, *args, **kwargs)
+
+        def fillna(self, *args, inplace=False, **kwargs):
+            filled = super().fillna(*args, **kwargs)
+            if not inplace or self._source is None:
+                return filled
+            frame, field = self._source
+            frame[field] = filled
+            return None
+
+    class Frame(pd.DataFrame):
+        @property
+        def _constructor(self):
+            return Frame
+
+        @property
+        def _constructor_sliced(self):
+            return Column
+
+        def __getitem__(self, key):
+            value = super().__getitem__(key)
+            if isinstance(value, Column):
+                value._source = (self, key)
+            return value
+
     def read_csv(*args, **kwargs):
-        frame = pd.read_csv(*args, **kwargs)
-        for column in frame:
-            if isinstance(frame[column].dtype, pd.StringDtype):
-                frame[column] = frame[column].astype(object)
-            if str(column).endswith("_seq"):
-                frame[column] = frame[column].fillna("")
+        frame = Frame(pd.read_csv(*args, **kwargs))
+        for position, kind in enumerate(frame.dtypes):
+            if isinstance(kind, pd.StringDtype):
+                frame.isetitem(position, frame.iloc[:, position].astype(object))
         return frame
 
-    stand_in = types.ModuleType("pandas", "pandas, with read_csv as RecBole expects it")
-    stand_in.__getattr__ = lambda name: getattr(pd, name)
-    stand_in.read_csv = read_csv
-    module.pd = stand_in
-    original = module.Dataset._load_feat
-
-    @functools.wraps(original)
-    def load_feat(self, *args, **kwargs):
-        with _no_chained_assignment_warning():
-            return original(self, *args, **kwargs)
-
-    module.Dataset._load_feat = load_feat
+    module.pd = _stand_in(pd, read_csv=read_csv, DataFrame=Frame)
 
 
-def torch_load(module: types.ModuleType) -> None:
-    """RecBole reloads its own checkpoints by ``torch.load(file)``, which since PyTorch 2.6 refuses the Config object inside (RecBole issue 2215).
+def torch_checkpoints(module: types.ModuleType) -> None:
+    """Since PyTorch 2.6 ``torch.load(file)`` refuses the checkpoints that RecBole's trainer wrote a moment ago (RecBole issue 2212).
 
-    The classes that RecBole's checkpoints contain are allowed by name, and only while RecBole's own functions run. ``weights_only`` stays on:
-    a file that holds anything else is refused as before.
+    Two reasons: they contain a Config object and NumPy numbers, which are no weights, and they are written by pickle protocol 4, of which
+    PyTorch's restricted reader understands nothing. The trainer module sees a stand-in for ``torch``: its `save` uses the default
+    protocol and leaves out the two attributes of the Config that are classes, its `load` allows by name, and while loading, what then
+    remains. ``weights_only`` stays on: a file that holds anything else is refused as before.
     """
+    import torch
+
+    def save(state, file, pickle_protocol=None):
+        from recbole.config import Config
+
+        if isinstance(state, dict) and isinstance(state.get("config"), Config):
+            config = Config.__new__(Config)
+            vars(config).update({k: v for k, v in vars(state["config"]).items() if k not in ("model_class", "yaml_loader")})
+            state = {**state, "config": config}
+        torch.save(state, file)
+
+    def load(file, map_location=None):
+        with _checkpoints_allowed():
+            return torch.load(file, map_location=map_location, weights_only=True)
+
+    module.torch = _stand_in(torch, save=save, load=load)
+
+
+def torch_load_functions(module: types.ModuleType) -> None:
+    """The same for the other places where RecBole loads its checkpoints: ``load_data_and_model`` and the models with a pre-training stage.
+
+    These are RaCT, S3Rec, NeuMF, NAIS, ConvNCF and KD_DAGFM, which load in ``__init__`` (RecBole issue 2212).
+    """
+
+    def allowing(function):
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            with _checkpoints_allowed():
+                return function(*args, **kwargs)
+
+        return wrapped
+
     if hasattr(module, "load_data_and_model"):
-        module.load_data_and_model = _with_safe_globals(module.load_data_and_model)
+        module.load_data_and_model = allowing(module.load_data_and_model)
         return
-    for trainer in vars(module).values():
-        if isinstance(trainer, type) and trainer.__module__ == module.__name__:
-            for name in ("evaluate", "resume_checkpoint"):
-                if name in vars(trainer):
-                    setattr(trainer, name, _with_safe_globals(vars(trainer)[name]))
+    name = module.__name__.rpartition(".")[2]
+    for model in vars(module).values():
+        if isinstance(model, type) and model.__module__ == module.__name__ and model.__name__.lower() == name:
+            model.__init__ = allowing(model.__init__)
 
 
-def _with_safe_globals(function: Callable) -> Callable:
-    @functools.wraps(function)
-    def guarded(*args, **kwargs):
-        import torch
+def _checkpoints_allowed() -> contextlib.AbstractContextManager:
+    """Let ``torch.load`` read what a RecBole checkpoint holds besides tensors: a Config, RecBole's enumerations and NumPy numbers.
 
-        with torch.serialization.safe_globals(_checkpoint_classes()):
-            return function(*args, **kwargs)
-
-    return guarded
-
-
-@functools.cache
-def _checkpoint_classes() -> list:
-    """Return the classes that a RecBole checkpoint names: the Config, its enumerations and the YAML loader class that it keeps."""
-    import yaml
+    Allowing a class allows a file to call it, and RecBole's Config evaluates strings that it is called with. So the name of Config stands
+    for a subclass that cannot be called; a checkpoint only needs an empty object whose attributes it then fills.
+    """
+    import numpy as np
+    import torch
     from recbole.config import Config
     from recbole.utils import enum_type
 
+    class SavedConfig(Config):
+        def __init__(self, *args, **kwargs):
+            raise pickle.UnpicklingError("A RecBole checkpoint does not construct a Config; this file has been tampered with.")
+
     enums = [c for c in vars(enum_type).values() if isinstance(c, type) and c.__module__ == enum_type.__name__]
-    return [Config, yaml.loader.FullLoader, *enums]
+    make_number = np.float64(0).__reduce__()[0]
+    numbers = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    config = (SavedConfig, f"{Config.__module__}.{Config.__qualname__}")
+    return torch.serialization.safe_globals([config, *enums, np.dtype, make_number, *numbers])
 
 
-@contextlib.contextmanager
-def _no_chained_assignment_warning():
-    import pandas as pd
-
-    with warnings.catch_warnings():
-        for name in ("ChainedAssignmentError",):
-            category = getattr(pd.errors, name, None)
-            if category is not None and issubclass(category, Warning):
-                warnings.simplefilter("ignore", category)
-        yield
+def _stand_in(module: types.ModuleType, **replaced) -> types.ModuleType:
+    """Return a module that is `module` but for the names in `replaced`."""
+    result = types.ModuleType(module.__name__, module.__doc__)
+    vars(result).update(vars(module))
+    result.__getattr__ = lambda name: getattr(module, name)
+    vars(result).update(replaced)
+    return result
 
 
 class _Tune:
@@ -185,9 +221,9 @@ class _Tune:
 def ray_optional():
     """``recbole.quick_start`` imports ray, which is used by one function only, ``objective_function``.
 
-    RecBole pins ray <= 2.6.3: that version needs ``np.bool8`` (removed in NumPy 2) and ``pkg_resources`` (removed in setuptools 81), and has no wheel
-    for Python >= 3.12. While the module is imported, ``ray`` is a stand-in whose ``tune`` imports the real one on first use; afterwards
-    ``sys.modules`` is as before, so that other libraries see whether ray is there.
+    RecBole pins ray <= 2.6.3: that version needs ``np.bool8`` (removed in NumPy 2) and ``pkg_resources`` (removed in setuptools 81), and
+    has no wheel for Python >= 3.12. While the module is imported, ``ray`` is a stand-in whose ``tune`` imports the real one on first use;
+    afterwards ``sys.modules`` is as before, so that other libraries see whether ray is there.
     """
     before = {name: sys.modules.pop(name) for name in ("ray",) if name in sys.modules}
     stand_in = types.ModuleType("ray", "stand-in while recbole.quick_start is imported")
@@ -206,9 +242,20 @@ AFTER_IMPORT: dict[str, tuple[Callable[[types.ModuleType], None], ...]] = {
     "recbole.config.configurator": (numpy_aliases,),
     "recbole.evaluator.metrics": (numpy_aliases,),
     "recbole.model.abstract_recommender": (scipy_dok_update,),
-    "recbole.data.dataset.dataset": (pandas_strings, pandas_missing_values),
-    "recbole.trainer.trainer": (torch_load,),
-    "recbole.quick_start.quick_start": (torch_load,),
+    "recbole.data.dataset.dataset": (pandas_frames,),
+    "recbole.trainer.trainer": (torch_checkpoints,),
+    "recbole.quick_start.quick_start": (torch_load_functions,),
+    **{
+        f"recbole.model.{module}": (torch_load_functions,)
+        for module in (
+            "general_recommender.ract",
+            "general_recommender.neumf",
+            "general_recommender.nais",
+            "general_recommender.convncf",
+            "sequential_recommender.s3rec",
+            "context_aware_recommender.kd_dagfm",
+        )
+    },
 }
 AROUND_IMPORT: dict[str, Callable[[], contextlib.AbstractContextManager]] = {"recbole.quick_start.quick_start": ray_optional}
 
@@ -219,7 +266,8 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name != "recbole" and not name.startswith("recbole."):
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is None and name == "recbole":
             raise MissingRecBole(
                 f"RecBole is not installed for this Python ({sys.executable}, {sys.version.split()[0]}). Install it by: {INSTALL_RECBOLE}  "
