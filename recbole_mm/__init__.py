@@ -3,3 +3,5 @@
 from recbole_mm import compat
 
 compat.apply()
+
+__version__ = "0.1.0"

@@ -127,7 +127,7 @@ def torch_checkpoints(module: types.ModuleType) -> None:
 
     Two reasons: they contain a Config object and NumPy numbers, which are no weights, and they are written by pickle protocol 4, of which
     PyTorch's restricted reader understands nothing. The trainer module sees a stand-in for ``torch``: its `save` uses the default
-    protocol and leaves out the two attributes of the Config that are classes, its `load` allows by name, and while loading, what then
+    protocol and leaves out the two attributes of the Config that are classes; its `load` allows by name, and while loading, what then
     remains. ``weights_only`` stays on: a file that holds anything else is refused as before.
     """
     import torch
@@ -146,6 +146,25 @@ def torch_checkpoints(module: types.ModuleType) -> None:
             return torch.load(file, map_location=map_location, weights_only=True)
 
     module.torch = _stand_in(torch, save=save, load=load)
+
+
+def layers_are_no_other_parameters(module: types.ModuleType) -> None:
+    """Five models list a layer among their "other parameters" (FDSA, DIN, DIEN, GRU4RecF, SASRecF), which makes their checkpoints
+    unreadable.
+
+    A layer is pickled as an object of a class of RecBole's, which the restricted reader refuses (see `torch_checkpoints`). Its weights
+    are in the state dict of the model anyhow, so it is left out.
+    """
+    import torch
+
+    recommender = module.AbstractRecommender
+    original = recommender.other_parameter
+
+    @functools.wraps(original)
+    def other_parameter(self):
+        return {key: value for key, value in original(self).items() if not isinstance(value, torch.nn.Module)}
+
+    recommender.other_parameter = other_parameter
 
 
 def torch_load_functions(module: types.ModuleType) -> None:
@@ -172,25 +191,28 @@ def torch_load_functions(module: types.ModuleType) -> None:
 
 
 def _checkpoints_allowed() -> contextlib.AbstractContextManager:
-    """Let ``torch.load`` read what a RecBole checkpoint holds besides tensors: a Config, RecBole's enumerations and NumPy numbers.
+    """Let ``torch.load`` read what a RecBole checkpoint holds besides tensors: a Config, RecBole's enumerations, NumPy numbers, arrays.
 
-    Allowing a class allows a file to call it, and RecBole's Config evaluates strings that it is called with. So the name of Config stands
-    for a subclass that cannot be called; a checkpoint only needs an empty object whose attributes it then fills.
+    ItemKNN, AsymKNN, EASE and SLIMElastic keep their result in arrays and sparse matrices. Allowing a class allows a file to call it, and
+    RecBole's Config evaluates strings that it is called with. So the name of Config stands for a subclass that cannot be called; a
+    checkpoint only needs an empty object whose attributes it then fills.
     """
     import numpy as np
     import torch
     from recbole.config import Config
     from recbole.utils import enum_type
+    from scipy import sparse
 
     class SavedConfig(Config):
         def __init__(self, *args, **kwargs):
             raise pickle.UnpicklingError("A RecBole checkpoint does not construct a Config; this file has been tampered with.")
 
     enums = [c for c in vars(enum_type).values() if isinstance(c, type) and c.__module__ == enum_type.__name__]
-    make_number = np.float64(0).__reduce__()[0]
+    make_number, make_array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     numbers = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    arrays = [np.ndarray, np.matrix, sparse.csr_matrix, sparse.csc_matrix, sparse.coo_matrix]
     config = (SavedConfig, f"{Config.__module__}.{Config.__qualname__}")
-    return torch.serialization.safe_globals([config, *enums, np.dtype, make_number, *numbers])
+    return torch.serialization.safe_globals([config, *enums, np.dtype, make_number, make_array, *numbers, *arrays])
 
 
 def _stand_in(module: types.ModuleType, **replaced) -> types.ModuleType:
@@ -241,7 +263,7 @@ AFTER_IMPORT: dict[str, tuple[Callable[[types.ModuleType], None], ...]] = {
     "recbole.data.interaction": (numpy_aliases,),
     "recbole.config.configurator": (numpy_aliases,),
     "recbole.evaluator.metrics": (numpy_aliases,),
-    "recbole.model.abstract_recommender": (scipy_dok_update,),
+    "recbole.model.abstract_recommender": (scipy_dok_update, layers_are_no_other_parameters),
     "recbole.data.dataset.dataset": (pandas_frames,),
     "recbole.trainer.trainer": (torch_checkpoints,),
     "recbole.quick_start.quick_start": (torch_load_functions,),
