@@ -1,0 +1,1 @@
+"""Arithmetic that models share. Nothing in here knows Config, datasets or trainers."""
