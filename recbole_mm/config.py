@@ -43,7 +43,7 @@ MINIMUM = {
 #: keys that Config computes, or that name the run rather than set it; they are not written to settings.yaml
 COMPUTED = {
     "MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type", "device", "single_spec", "local_rank", "valid_neg_sample_args", "test_neg_sample_args",
-    "valid_metric_bigger", "resume", "world_size", "offset", "ip", "port", "nproc", "per_dataset",
+    "valid_metric_bigger", "resume", "run_dir", "data_fingerprint", "world_size", "offset", "ip", "port", "nproc", "per_dataset",
 }  # fmt: skip
 #: keys of the command line that are no settings of a model
 PROGRAM_KEYS = {"model", "dataset", "config_files", "resume", "nproc", "ip", "port", "world_size", "offset", "local_rank", "extra_keys"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from recbole_mm.errors import UserError
+from recbole_mm.errors import UserError, nearest
 
 #: floats as people write them; plain YAML 1.1 reads 1e-4 as a string
 _FLOAT = re.compile(
@@ -176,3 +176,21 @@ def coerce(key: str, value: Any, default: Any, origin: str) -> Any:
             raise wrong("text")
         return str(value)
     return value
+
+
+def parse_options(arguments: list[str], defaults: dict[str, Any], program: str, required: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read the options of a command: those in `defaults`, typed like their default (None: any type).
+
+    Raises:
+        UserError: for an unknown option, a wrong type, or a missing one of `required`.
+    """
+    given = parse_arguments(arguments)
+    for key in given:
+        if key not in defaults:
+            known = ", ".join(f"--{name}" for name in defaults)
+            raise UserError(f"{program}: unknown option --{key}.{nearest(key, defaults)} It takes {known}.")
+    options = {**defaults, **{key: coerce(key, value, defaults[key], "the command line") for key, value in given.items()}}
+    missing = [f"--{key}" for key in required if options[key] in (None, "")]
+    if missing:
+        raise UserError(f"{program} needs {', '.join(missing)}.")
+    return options

@@ -1,0 +1,230 @@
+"""run(): settings -> dataset -> loaders -> model -> trainer -> result; load_model(): a finished run, ready to use."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import recbole.data.dataset as recbole_datasets
+import yaml
+from recbole.utils import ModelType, init_seed
+
+from recbole_mm import checkpoint
+from recbole_mm.config import Config
+from recbole_mm.data.dataset import MultimodalDataset, MultimodalSequentialDataset
+from recbole_mm.data.loader import data_preparation
+from recbole_mm.errors import UserError
+from recbole_mm.files import write_text
+from recbole_mm.logs import run_log
+from recbole_mm.model import get_model
+from recbole_mm.parsing import load_yaml
+from recbole_mm.record import data_fingerprint, new_run_dir, peak_memory, plain_metrics, versions, write_per_user, write_result
+from recbole_mm.trainer import trainer_class_for
+
+
+class LoadedRun(NamedTuple):
+    """A finished run: its settings, the model with the weights of the best epoch, the dataset and its loaders."""
+
+    config: Config
+    model: Any
+    dataset: Any
+    train_data: Any
+    valid_data: Any
+    test_data: Any
+
+
+def create_dataset(config):
+    """The dataset of a run: the class its model names, else RecBole's choice with our features and contents on top.
+
+    RecBole's own function reads a pickled dataset if one lies in the checkpoint folder; this one never reads a pickle.
+    """
+    if config["save_dataset"] or config["dataset_save_path"]:
+        raise UserError(
+            "save_dataset: pickled datasets are neither written nor read, because reading a pickle runs code. Remove the setting."
+        )
+    model_class = get_model(config["model"])
+    own = getattr(model_class, "dataset_class", None)
+    if own is None:
+        own = getattr(recbole_datasets, f"{config['model']}Dataset", None)
+    if own is None:
+        own = {
+            ModelType.GENERAL: MultimodalDataset,
+            ModelType.TRADITIONAL: MultimodalDataset,
+            ModelType.SEQUENTIAL: MultimodalSequentialDataset,
+            ModelType.KNOWLEDGE: recbole_datasets.KnowledgeBasedDataset,
+            ModelType.DECISIONTREE: recbole_datasets.DecisionTreeDataset,
+        }.get(config["MODEL_TYPE"], recbole_datasets.Dataset)
+    return own(config)
+
+
+def _prepare(config: Config) -> tuple[Any, Any, Any, Any]:
+    """Dataset and loaders, drawn from the run's seed."""
+    init_seed(config["seed"], config["reproducibility"])
+    dataset = create_dataset(config)
+    config["data_fingerprint"] = data_fingerprint(dataset)
+    return dataset, *data_preparation(config, dataset)
+
+
+def _build_model(config: Config, train_data):
+    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    return get_model(config["model"])(config, train_data._dataset).to(config["device"])
+
+
+def read_settings(run_dir: str | Path) -> dict[str, Any]:
+    """The full settings of a run.
+
+    Raises:
+        UserError: when `run_dir` is no run directory.
+    """
+    file = Path(run_dir) / "settings.yaml"
+    if not file.is_file():
+        raise UserError(
+            f"{run_dir} is no run directory: it has no settings.yaml. Runs are the folders under checkpoint_dir (default: saved)."
+        )
+    return load_yaml(file)
+
+
+def run(
+    model=None, dataset=None, config_file_list=None, config_dict=None, arguments=None, saved=True, resume=None, callback=None
+) -> dict[str, Any]:
+    """Train and test one model.
+
+    Args:
+        model, dataset, config_file_list, config_dict, arguments: see :class:`~recbole_mm.config.Config`.
+        saved: keep checkpoints; without them the test uses the weights of the last epoch.
+        resume: run directory of a run that was interrupted; its settings count, all others must be absent.
+        callback: called as ``callback(epoch, validation score)`` after each evaluation.
+
+    Returns:
+        dict with ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``, ``run_dir`` and ``record`` (what
+        result.json holds).
+
+    Raises:
+        UserError: for wrong input of any kind.
+    """
+    begin = time.perf_counter()
+    if resume is not None:
+        config = Config(config_dict=read_settings(resume))
+        run_dir = Path(resume)
+    else:
+        config = Config(model, dataset, config_file_list, config_dict, arguments)
+        run_dir = new_run_dir(config["checkpoint_dir"], config["run_name"], f"{config['model']}-{config['dataset']}")
+        write_text(run_dir / "settings.yaml", yaml.safe_dump(config.settings(), sort_keys=False, allow_unicode=True))
+        write_text(run_dir / "given.yaml", yaml.safe_dump(config.user_settings, sort_keys=False, allow_unicode=True))
+    given = load_yaml(run_dir / "given.yaml") if (run_dir / "given.yaml").is_file() else {}
+    config["run_dir"] = str(run_dir)
+    record: dict[str, Any] = {
+        "schema": 1,
+        "status": "running",
+        "error": None,
+        **{key: config[key] for key in ("model", "dataset", "encoder", "encoder_training", "feature_set", "seed")},
+        "settings": given,
+        "versions": versions(),
+    }
+    with run_log(run_dir / "run.log", config["state"]):
+        write_result(run_dir, record)
+        try:
+            return _run(config, run_dir, record, begin, saved, resume is not None, callback)
+        except BaseException as error:
+            record["status"] = "failed"
+            record["error"] = f"{type(error).__name__}: {error}"
+            record["time"] = {"total_s": round(time.perf_counter() - begin, 3)}
+            write_result(run_dir, record)
+            logging.getLogger().debug("the run failed", exc_info=True)
+            raise
+
+
+def _run(config, run_dir, record, begin, saved, resuming, callback) -> dict[str, Any]:
+    logger = logging.getLogger()
+    logger.info(f"Run directory: {run_dir}")
+    dataset, train_data, valid_data, test_data = _prepare(config)
+    logger.info(str(dataset))
+    record["data"] = {
+        "fingerprint": config["data_fingerprint"],
+        "users": dataset.user_num - 1,
+        "items": dataset.item_num - 1,
+        "interactions": dataset.inter_num,
+    }
+    model = _build_model(config, train_data)
+    logger.info(str(model))
+    features = getattr(model, "features", None)
+    record["modalities"] = list(features.keys()) if features is not None else []
+    record["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    record["protocol"] = {
+        "eval_args": config["eval_args"],
+        "eval_mask": config["eval_mask"],
+        "history_masked": getattr(test_data, "masks_history", None),
+        "metrics": config["metrics"],
+        "topk": config["topk"],
+        "valid_metric": config["valid_metric"],
+        "stop_on": config["stop_on"],
+    }
+    trainer = trainer_class_for(type(model), config)(config, model)
+    if resuming:
+        last = run_dir / "last.pt"
+        if last.is_file() and getattr(trainer, "resumable", False):
+            trainer.resume_checkpoint(last)
+        else:
+            logger.info("Nothing to resume from: starting again from the first epoch.")
+    best_score, best_result = trainer.fit(
+        train_data, valid_data, saved=saved, show_progress=config["show_progress"], **({"callback_fn": callback} if callback else {})
+    )
+    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
+
+    outcome = getattr(trainer, "last_evaluation", None)
+    history = getattr(trainer, "history", [])
+    scored = [entry for entry in history if entry.get("valid_score") is not None]
+    best = [entry for entry in scored if entry["valid_score"] == best_score]
+    record.update(
+        status="finished",
+        time={
+            "total_s": round(time.perf_counter() - begin, 3),
+            "epoch_s": [entry["time_s"] for entry in history],
+            "evaluation_s": getattr(trainer, "evaluation_times", []),
+        },
+        memory=peak_memory(),
+        epochs=[{key: plain_metrics(value) if key == "valid" and value else value for key, value in entry.items()} for entry in history],
+        best_epoch=best[-1]["epoch"] if best else None,
+        best_valid_score=float(best_score) if scored else None,
+        valid=plain_metrics(best_result),
+        test=plain_metrics(test_result),
+        test_groups={name: plain_metrics(values) for name, values in outcome.groups.items()} if outcome is not None else {},
+    )
+    if outcome is not None and outcome.per_user is not None:
+        write_per_user(run_dir, outcome.per_user.arrays())
+    extra = getattr(trainer, "extra_results", None)  # what a model's own trainer has to report: groups, texts, phases
+    if extra:
+        record["extra"] = extra
+    write_result(run_dir, record)
+    logger.info(f"best valid: {best_result}")
+    logger.info(f"test result: {test_result}")
+    return {
+        "best_valid_score": best_score,
+        "valid_score_bigger": config["valid_metric_bigger"],
+        "best_valid_result": best_result,
+        "test_result": test_result,
+        "run_dir": str(run_dir),
+        "record": record,
+    }
+
+
+def load_model(run_dir: str | Path) -> LoadedRun:
+    """Give back a run: settings, model with the weights of its best epoch (in evaluation mode), dataset and loaders.
+
+    Raises:
+        UserError: when the folder is no run, its checkpoint is missing or foreign, or the data have changed.
+    """
+    run_dir = Path(run_dir)
+    config = Config(config_dict=read_settings(run_dir))
+    config["run_dir"] = str(run_dir)
+    path = run_dir / "best.pt"
+    state = checkpoint.load(path, config["device"])
+    dataset, train_data, valid_data, test_data = _prepare(config)
+    if state["fingerprint"] != config["data_fingerprint"]:
+        raise UserError(
+            f"{run_dir}: the data of {config['dataset']} in {config['data_path']} are not those the run was trained on. Restore them or train again."
+        )
+    model = _build_model(config, train_data)
+    checkpoint.load_weights(model, state, path)
+    model.eval()
+    return LoadedRun(config, model, dataset, train_data, valid_data, test_data)
