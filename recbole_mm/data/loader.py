@@ -23,27 +23,10 @@ from recbole.sampler import KGSampler
 from recbole.utils import InputType, ModelType
 from torch import Tensor
 
-from recbole_mm.data.sampler import build_sampler, phase_pairs
+from recbole_mm.data.sampler import build_sampler, phase_pairs, storage_device
 from recbole_mm.errors import UserError
 
 _BLOCK_ROWS = 1 << 21  # rows shuffled into place and given negatives at a time
-
-
-def _bytes(feat: Interaction | None) -> int:
-    return 0 if feat is None else sum(v.numel() * v.element_size() for v in feat.interaction.values())
-
-
-def storage_device(config, dataset) -> torch.device:
-    """Where the training data of this run are kept.
-
-    The training device, unless a batch transform is set (RecBole's transforms are loops on the CPU) or the data take more than ``device_data_mb``.
-    """
-    device = torch.device(config["device"])
-    size = sum(_bytes(feat) for feat in (dataset.inter_feat, dataset.user_feat, dataset.item_feat))
-    limit = config["device_data_mb"]
-    if config["transform"] is not None or (limit is not None and device.type != "cpu" and size > limit * 2**20):
-        return torch.device("cpu")
-    return device
 
 
 def world(config) -> tuple[int, int]:
@@ -67,18 +50,16 @@ class TrainLoader(TrainDataLoader):
     Args:
         config: the run's settings.
         dataset: the training part (sequential datasets after augmentation).
-        sampler: a `NegativeSampler` on the device of `storage_device`, or None.
+        sampler: a `NegativeSampler`, on whose device the data are kept too, or None (then on `storage_device`).
         shuffle: whether to shuffle before every pass.
     """
 
     def __init__(self, config, dataset, sampler, shuffle=True):
         super().__init__(config, dataset, sampler, shuffle=shuffle)
-        self.storage = storage_device(config, dataset)
+        self.storage = storage_device(config, dataset) if sampler is None else sampler.device
         self.target = torch.device(config["device"])
         self.generator = torch.Generator(self.storage)
         self.generator.manual_seed(config["seed"])
-        if sampler is not None and sampler.device.type != self.storage.type:
-            raise ValueError(f"sampler on {sampler.device}, data on {self.storage}")  # our own bug, not the user's
         self._columns = {k: v.to(self.storage) for k, v in dataset.inter_feat.interaction.items()}
         self._user_feat = self._stored(dataset.user_feat, self.uid_field)
         self._item_feat = self._stored(dataset.item_feat, self.iid_field)
@@ -334,8 +315,7 @@ def data_preparation(config, dataset):
         samplers = dict(zip(classes, create_samplers(config, dataset, built)))
 
     if ours["train"]:
-        sampler = build_sampler(config, dataset, built, device=storage_device(config, built[0]))
-        train = TrainLoader(config, built[0], sampler, shuffle=config["shuffle"])
+        train = TrainLoader(config, built[0], build_sampler(config, dataset, built), shuffle=config["shuffle"])
     elif config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
         args = config["train_neg_sample_args"]
         graph_sampler = KGSampler(dataset, args["distribution"], args["alpha"])

@@ -186,20 +186,36 @@ class NegativeSampler:
         return self.sample(users, items, num).cpu()
 
 
-def build_sampler(config, dataset, built_datasets: Sequence, phase: str = "train", device=None) -> NegativeSampler | None:
-    """The sampler of `phase` for the settings in ``<phase>_neg_sample_args``, or None where they ask for no negatives.
+def storage_device(config, dataset) -> torch.device:
+    """Where the training data of this run are kept.
 
-    `built_datasets` are the train, valid and test parts in this order (fewer are fine); `dataset` is the whole that a repeatable sampler counts.
+    The training device, unless a batch transform is set (RecBole's transforms are loops on the CPU) or the data take more than ``device_data_mb``.
     """
-    args = config[f"{phase}_neg_sample_args"]
+    device = torch.device(config["device"])
+    feats = [feat for feat in (dataset.inter_feat, dataset.user_feat, dataset.item_feat) if feat is not None]
+    size = sum(column.numel() * column.element_size() for feat in feats for column in feat.interaction.values())
+    limit = config["device_data_mb"]
+    if config["transform"] is not None or (limit is not None and device.type != "cpu" and size > limit * 2**20):
+        return torch.device("cpu")
+    return device
+
+
+def build_sampler(config, dataset, built_datasets: Sequence, phase: str = "train") -> NegativeSampler | None:
+    """The sampler that ``train_neg_sample_args`` asks for, on the `storage_device`, or None where the loss takes no negatives.
+
+    Args:
+        config: the run's settings.
+        dataset: the whole dataset, which a repeatable sampler counts popularity on.
+        built_datasets: the train, valid and test parts in this order; fewer are fine.
+        phase: what counts as used: "train" only the training part, "valid" that and validation, "test" all three.
+    """
+    args = config["train_neg_sample_args"]
     if args["distribution"] == "none" or args["sample_num"] == "none":
         return None
     train = built_datasets[0]
-    device = config["device"] if device is None else device
-    counts = None
+    counts = used = None
     if args["distribution"] == "popularity":
         counts = popularity([dataset] if config["repeatable"] else built_datasets, train.item_num)
-    used = None
     if not config["repeatable"]:
         phases = ("train", "valid", "test").index(phase)
         used = phase_pairs(built_datasets[: phases + 1], train.item_num)[-1]
@@ -211,6 +227,6 @@ def build_sampler(config, dataset, built_datasets: Sequence, phase: str = "train
         args["distribution"],
         1.0 if alpha in (None, "none") else float(alpha),
         counts,
-        device,
+        storage_device(config, train),
         tokens=lambda u: train.id2token(train.uid_field, u),
     )
