@@ -99,7 +99,8 @@ def result_table(record: dict) -> str:
     lines = [f"{'metric':<{width}}  " + "  ".join(f"{title:>16}" for title, _ in columns)]
     for name in names:
         cells = [values.get(name) for _, values in columns]
-        lines.append(f"{name:<{width}}  " + "  ".join(f"{'-' if cell is None else format(cell, '.4f'):>16}" for cell in cells))
+        digits = ".0f" if name in ("users", "targets") else ".4f"
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{'-' if cell is None else format(cell, digits):>16}" for cell in cells))
     return "\n".join(lines)
 
 

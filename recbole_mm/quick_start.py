@@ -2,12 +2,13 @@
 
 import logging
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import recbole.data.dataset as recbole_datasets
 import yaml
-from recbole.utils import ModelType, init_seed
+from recbole.utils import ModelType, dict2str, init_seed
 
 from recbole_mm import checkpoint
 from recbole_mm.config import Config
@@ -60,9 +61,11 @@ def create_dataset(config):
 def _prepare(config: Config) -> tuple[Any, Any, Any, Any]:
     """Dataset and loaders, drawn from the run's seed."""
     init_seed(config["seed"], config["reproducibility"])
-    dataset = create_dataset(config)
-    config["data_fingerprint"] = data_fingerprint(dataset)
-    return dataset, *data_preparation(config, dataset)
+    with warnings.catch_warnings():  # pandas 3 hands out read-only arrays; RecBole makes tensors of them and writes into none
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        dataset = create_dataset(config)
+        config["data_fingerprint"] = data_fingerprint(dataset)
+        return dataset, *data_preparation(config, dataset)
 
 
 def _build_model(config: Config, train_data):
@@ -196,8 +199,8 @@ def _run(config, run_dir, record, begin, saved, resuming, callback) -> dict[str,
     if extra:
         record["extra"] = extra
     write_result(run_dir, record)
-    logger.info(f"best valid: {best_result}")
-    logger.info(f"test result: {test_result}")
+    logger.info(f"best valid: {dict2str(record['valid'])}")
+    logger.info(f"test result: {dict2str(record['test'])}")
     return {
         "best_valid_score": best_score,
         "valid_score_bigger": config["valid_metric_bigger"],

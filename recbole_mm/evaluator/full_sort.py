@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from recbole.utils import EvaluatorType, set_color
+from recbole.utils import EvaluatorType
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -235,7 +235,7 @@ def evaluate(model, eval_data, config, collector, evaluator, show_progress=False
     rest = _without(collector, ("rec.topk", "rec.items"))
     batches = _full_batches(model, eval_data, config, device) if full else _sampled_batches(model, eval_data, config, device)
     total = eval_data.sample_size if full else len(eval_data)
-    bar = tqdm(total=total, ncols=100, desc=set_color("Evaluate   ", "pink"), disable=not show_progress)
+    bar = tqdm(total=total, ncols=100, desc="Evaluate", delay=2, leave=False, disable=not show_progress)
     parts, count = [], 0
     for scores, interaction, users, positive_rows, positive_items in batches:
         bar.update(len(users) if full else 1)

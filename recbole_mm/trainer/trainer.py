@@ -20,6 +20,7 @@ from recbole_mm.data.loader import TrainLoader, loader_state, restore_loader_sta
 from recbole_mm.data.sampler import build_sampler
 from recbole_mm.errors import UserError
 from recbole_mm.evaluator.full_sort import EvaluationResult, evaluate
+from recbole_mm.model.bank import FeatureBank
 from recbole_mm.trainer.optim import build_optimizer
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,12 +60,14 @@ def learning_rate_factor(config, epoch: int) -> float:
 class Trainer(RecBoleTrainer):
     """RecBole's training loop, extended at its seams.
 
-    Reads beyond RecBole: ``gradient_accumulation``, ``amp``, ``lr_schedule`` and its numbers, ``stop_on``, ``save_last``, ``tensorboard``,
+    Reads beyond RecBole: ``gradient_accumulation``, ``amp``, ``lr_schedule`` and its numbers, ``stop_on``, ``save_last``, ``checkpoint_seconds``, ``tensorboard``,
     ``eval_mask``. A model may offer ``parameter_groups()``, ``before_epoch(epoch)``, ``before_batch(interaction)``, ``after_backward()``,
     ``after_step()`` and ``before_evaluation()``; each is called where its name says.
 
     Files, in ``config["run_dir"]`` (``checkpoint_dir`` when a caller sets none): ``best.pt``, the epoch that is best on validation, and
-    ``last.pt``, the state after the latest epoch with optimizer and random generators, from which :meth:`resume_checkpoint` continues.
+    ``last.pt``, the state after an epoch with optimizer and random generators, from which :meth:`resume_checkpoint` continues. Both are
+    written together, at most every ``checkpoint_seconds``: an epoch can be shorter than the writing, and a resumed run repeats the epochs
+    after ``last.pt`` exactly.
 
     Args:
         config: the run's settings.
@@ -89,6 +92,8 @@ class Trainer(RecBoleTrainer):
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._resumed: dict[str, Any] | None = None
         self._train_data = None
+        self._best_state: dict[str, Any] | None = None  # not yet in best.pt
+        self._written = time.monotonic()
         self._valid_loss_data = None
         self._saved = True
 
@@ -100,14 +105,19 @@ class Trainer(RecBoleTrainer):
         return SummaryWriter(str(Path("log_tensorboard") / self.run_dir.name))
 
     def _hook(self, name: str, *args) -> None:
-        function = getattr(self.model, name, None)
-        if function is not None:
-            function(*args)
+        """Call `name` of the model's feature bank, which encodes items in end-to-end training, then of the model; who has none is skipped."""
+        bank = getattr(self.model, "features", None)
+        for owner in (bank if isinstance(bank, FeatureBank) else None, self.model):
+            function = getattr(owner, name, None)
+            if function is not None:
+                function(*args)
 
     def _build_optimizer(self, **kwargs):
         groups = kwargs.pop("params", None)
         if groups is None:
             groups = self.model.parameter_groups() if hasattr(self.model, "parameter_groups") else self.model.parameters()
+            bank = getattr(self.model, "features", None)
+            groups = bank.own_groups(groups) if isinstance(bank, FeatureBank) else groups
         return build_optimizer(
             kwargs.pop("learner", self.learner),
             groups,
@@ -187,7 +197,10 @@ class Trainer(RecBoleTrainer):
             if callback_fn:
                 callback_fn(epoch, score)
 
-        return super().fit(train_data, valid_data, verbose, saved, show_progress, after_evaluation)
+        outcome = super().fit(train_data, valid_data, verbose, saved, show_progress, after_evaluation)
+        if self.history:
+            self._save_last(self.history[-1]["epoch"], now=True)
+        return outcome
 
     def _add_train_loss_to_tensorboard(self, epoch_idx, losses, tag="Loss/Train"):
         """RecBole calls this once after each epoch's training; the epoch's record begins here."""
@@ -237,6 +250,7 @@ class Trainer(RecBoleTrainer):
         """RecBole's evaluation; full sort goes through our batches of users and leaves per-user values in ``self.last_evaluation``."""
         if not eval_data:
             return None
+        self._write_best()
         if load_best_model and (model_file or Path(self.saved_model_file).is_file()):
             file = model_file or self.saved_model_file
             checkpoint.load_weights(self.model, checkpoint.load(file, self.device), file)
@@ -267,30 +281,43 @@ class Trainer(RecBoleTrainer):
         }
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs):
+        """Keep the weights of `epoch` as the best ones; RecBole calls this after each improvement."""
         if not self.config["single_spec"] and self.config["local_rank"] != 0:
             return
         if self._resumed is not None and epoch < 0:
             return  # RecBole writes a fresh model over the best one when there is nothing left to train
-        checkpoint.save(self.saved_model_file, self._state(epoch))
-        if verbose:
-            self.logger.info(f"Saving current: {self.saved_model_file}")
+        self._best_state = _copied(self._state(epoch))
+        if self._due():
+            self._write_best()
 
-    def _save_last(self, epoch: int) -> None:
-        if not self._saved or not self.config["save_last"]:
+    def _due(self) -> bool:
+        return time.monotonic() - self._written >= (self.config["checkpoint_seconds"] or 0)
+
+    def _write_best(self) -> None:
+        if self._best_state is not None:
+            checkpoint.save(self.saved_model_file, self._best_state)
+            self._best_state = None
+
+    def _save_last(self, epoch: int, now: bool = False) -> None:
+        """Write both checkpoints if it is time, the best one first: last.pt must never know of a best epoch that no file holds."""
+        if not self._saved or not (now or self._due()):
             return
-        checkpoint.save(
-            self.run_dir / "last.pt",
-            {
-                **self._state(epoch),
-                "best_valid_result": self.best_valid_result,
-                "history": self.history,
-                "evaluation_times": self.evaluation_times,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self._scaler.state_dict(),
-                "random": checkpoint.random_state(),
-                "loader": loader_state(self._train_data),
-            },
-        )
+        self._write_best()
+        if self.config["save_last"]:
+            checkpoint.save(
+                self.run_dir / "last.pt",
+                {
+                    **self._state(epoch),
+                    "best_valid_result": self.best_valid_result,
+                    "history": self.history,
+                    "evaluation_times": self.evaluation_times,
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self._scaler.state_dict(),
+                    "random": checkpoint.random_state(),
+                    "loader": loader_state(self._train_data),
+                },
+            )
+        self._written = time.monotonic()
 
     @property
     def resumable(self) -> bool:
@@ -326,6 +353,17 @@ class Trainer(RecBoleTrainer):
         self.evaluation_times = state["evaluation_times"]
         self._resumed = state
         self.logger.info(f"Resuming from {resume_file} at epoch {self.start_epoch}")
+
+
+def _copied(value: Any) -> Any:
+    """`value` with every tensor in it copied to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    return value
 
 
 def trainer_class_for(model_class: type, config) -> type:
