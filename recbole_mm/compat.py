@@ -6,6 +6,7 @@ costs nothing by itself. Nothing here changes a result, and nothing reaches beyo
 the old names that RecBole's own Config puts into NumPy, and one private method of SciPy's ``dok_matrix``.
 """
 
+import collections
 import contextlib
 import functools
 import importlib
@@ -148,21 +149,27 @@ def torch_checkpoints(module: types.ModuleType) -> None:
     module.torch = _stand_in(torch, save=save, load=load)
 
 
-def layers_are_no_other_parameters(module: types.ModuleType) -> None:
-    """Five models list a layer among their "other parameters" (FDSA, DIN, DIEN, GRU4RecF, SASRecF), which makes their checkpoints
-    unreadable.
+def plain_other_parameters(module: types.ModuleType) -> None:
+    """Models list what a checkpoint must hold beside weights; eight list objects of classes that the restricted reader refuses.
 
-    A layer is pickled as an object of a class of RecBole's, which the restricted reader refuses (see `torch_checkpoints`). Its weights
-    are in the state dict of the model anyhow, so it is left out.
+    FDSA, DIN, DIEN, GRU4RecF and SASRecF list a layer, whose weights are in the state dict anyhow: it is left out. ItemKNN and AsymKNN
+    list a sparse matrix in the list-of-lists format, RippleNet a defaultdict: a CSR matrix and a dict hold the same values.
     """
     import torch
+    from scipy import sparse
 
     recommender = module.AbstractRecommender
     original = recommender.other_parameter
 
     @functools.wraps(original)
     def other_parameter(self):
-        return {key: value for key, value in original(self).items() if not isinstance(value, torch.nn.Module)}
+        found = {key: value for key, value in original(self).items() if not isinstance(value, torch.nn.Module)}
+        for key, value in found.items():
+            if isinstance(value, collections.defaultdict):
+                found[key] = dict(value)
+            elif sparse.issparse(value) and value.format not in ("csr", "csc"):
+                found[key] = value.tocsr()
+        return found
 
     recommender.other_parameter = other_parameter
 
@@ -210,7 +217,7 @@ def _checkpoints_allowed() -> contextlib.AbstractContextManager:
     enums = [c for c in vars(enum_type).values() if isinstance(c, type) and c.__module__ == enum_type.__name__]
     make_number, make_array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     numbers = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    arrays = [np.ndarray, np.matrix, sparse.csr_matrix, sparse.csc_matrix, sparse.coo_matrix]
+    arrays = [np.ndarray, np.matrix, sparse.csr_matrix, sparse.csc_matrix]
     config = (SavedConfig, f"{Config.__module__}.{Config.__qualname__}")
     return torch.serialization.safe_globals([config, *enums, np.dtype, make_number, make_array, *numbers, *arrays])
 
@@ -263,7 +270,7 @@ AFTER_IMPORT: dict[str, tuple[Callable[[types.ModuleType], None], ...]] = {
     "recbole.data.interaction": (numpy_aliases,),
     "recbole.config.configurator": (numpy_aliases,),
     "recbole.evaluator.metrics": (numpy_aliases,),
-    "recbole.model.abstract_recommender": (scipy_dok_update, layers_are_no_other_parameters),
+    "recbole.model.abstract_recommender": (scipy_dok_update, plain_other_parameters),
     "recbole.data.dataset.dataset": (pandas_frames,),
     "recbole.trainer.trainer": (torch_checkpoints,),
     "recbole.quick_start.quick_start": (torch_load_functions,),
@@ -291,12 +298,13 @@ class _Finder(importlib.abc.MetaPathFinder):
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is None and name == "recbole":
-            raise MissingRecBole(
+            error = MissingRecBole(
                 f"RecBole is not installed for this Python ({sys.executable}, {sys.version.split()[0]}). Install it by: {INSTALL_RECBOLE}  "
                 "(On Python 3.12 and later pip cannot do it by itself, because RecBole pins a version of ray that has no wheel there; "
-                "recbole_mm does not need ray and brings everything else that RecBole needs.)",
-                name="recbole",
+                "recbole_mm does not need ray and brings everything else that RecBole needs.)"
             )
+            error.name = name
+            raise error
         if spec is not None and (name in AFTER_IMPORT or name in AROUND_IMPORT):
             execute = spec.loader.exec_module
 
