@@ -6,8 +6,7 @@ import torch
 from recbole.model.abstract_recommender import GeneralRecommender
 from torch import Tensor
 
-from recbole_mm.errors import UserError
-from recbole_mm.model.bank import FeatureBank
+from recbole_mm.model.bank import build_bank
 
 
 def order_modalities(names: Iterable[str], canonical: Sequence[str] | None) -> list[str]:
@@ -44,14 +43,7 @@ class MultimodalRecommender(GeneralRecommender):
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
-        features = getattr(dataset, "features", None)
-        if not features:
-            raise UserError(
-                f"{type(self).__name__} needs item features, but the dataset {config['dataset']!r} has none (looked in {config['data_path']}). "
-                "Put <modality>.npy and item_ids.txt there, or make them from pictures and texts with `recbole-mm extract`."
-            )
-        order = order_modalities(features, self.modality_order)
-        self.features = FeatureBank({name: features[name] for name in order}).to(self.device)
+        self.features = build_bank(config, dataset, lambda names: order_modalities(names, self.modality_order)).to(self.device)
         self._evaluation_vectors: tuple[Tensor, Tensor] | None = None
 
     def forward(self) -> tuple[Tensor, Tensor]:
