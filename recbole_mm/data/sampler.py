@@ -167,7 +167,7 @@ class NegativeSampler:
     def _exact(self, rows: Tensor, generator) -> Tensor:
         """Draw from the weights that are left to each row, [R] from a matrix [R, item_num]."""
         every = torch.arange(self.item_num, device=self.device)
-        used = self.is_used(rows.repeat_interleave(self.item_num), every.repeat(len(rows))).view(len(rows), -1)
+        used = self.is_used(rows.repeat_interleave(self.item_num), every.repeat(len(rows))).view(-1, self.item_num)
         weights = self._weights.masked_fill(used, 0.0)
         cumulative = weights.cumsum(1)
         fraction = torch.rand(len(rows), 1, dtype=torch.float64, device=self.device, generator=generator)
