@@ -41,6 +41,7 @@ def build(model_class, dataset, **settings):
         "device": torch.device("cpu"),
         "dataset": "golden",
         "data_path": "-",
+        "encoder_training": "frozen",
     }
     return model_class({"train_batch_size": 2048, **base, **defaults, **settings}, dataset)
 
