@@ -29,7 +29,7 @@ def small_config(folder: Path, model: str = "BPR", name: str = "small", **settin
     """Settings of `model` on the dataset that `write_small` wrote to `folder`."""
     given = {
         "data_path": str(folder), "use_gpu": False, "show_progress": False, "tensorboard": False, "checkpoint_dir": str(folder / "saved"),
-        "load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "topk": [1, 5, 10], "valid_metric": "MRR@5",
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "topk": [1, 5, 10],
         "eval_args": {"split": {"RS": [0.6, 0.2, 0.2]}, "group_by": "user", "order": "RO", "mode": "full"}, "train_batch_size": 64,
         **settings,
     }  # fmt: skip
