@@ -62,3 +62,8 @@ def test_entry_points_of_other_packages(monkeypatch):
 def test_importing_the_registry_imports_no_encoder_library():
     code = "import sys, recbole_mm, recbole_mm.model; print(sorted({'transformers', 'open_clip', 'peft', 'timm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_looking_up_a_sequential_model_leaves_anomaly_detection_off():
+    code = "import torch, recbole_mm.model as m; m.get_model('SASRec'); print(torch.is_anomaly_enabled())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

@@ -150,6 +150,8 @@ class Trainer(RecBoleTrainer):
             several = isinstance(losses, tuple)
             parts = losses if several else (losses,)
             loss = sum(parts) if several else losses
+            if index % _CHECK_EVERY == 0:
+                self._check_finite(parts, epoch_idx, index)
             # every interaction weighs the same, also in the last, shorter group of batches
             self._scaler.scale(loss / min(accumulate, batches - first)).backward()
             self._hook("after_backward")
@@ -157,12 +159,11 @@ class Trainer(RecBoleTrainer):
                 self._step()
             parts = [part.detach() for part in parts]
             total = parts if total is None else [a + b for a, b in zip(total, parts)]
-            if index % _CHECK_EVERY == 0 or index + 1 == batches:
-                self._check_finite(total, epoch_idx, index)
         if total is None:
             raise UserError(
                 "There is not one training batch: the training part of the dataset is empty. Check the split (eval_args) and the filters."
             )
+        self._check_finite(total, epoch_idx, batches - 1)
         values = tuple(part.item() for part in total)
         return values if several else values[0]
 

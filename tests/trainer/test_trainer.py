@@ -39,6 +39,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize("seconds", [0, 1000])
 def test_a_resumed_run_ends_where_the_unbroken_one_does(tastes, model, seconds):
     settings = {**tastes, "checkpoint_seconds": seconds, "weight_decay": 0.01}
+    if model == "SASRec":
+        settings |= {"hidden_size": 8, "inner_size": 8, "MAX_ITEM_LIST_LENGTH": 10}
     whole = run(model, config_dict=settings)
 
     def kill(epoch, score):
@@ -106,7 +108,9 @@ def test_gradient_accumulation_equals_the_large_batch(tastes):
     """Two half batches with averaged gradients move the weights like one batch of twice the size (BPR's loss is a mean)."""
     states = []
     for size, accumulate in ((64, 1), (32, 2)):
-        trainer, train, _, _ = trainer_for(tastes, "BPR", train_batch_size=size, gradient_accumulation=accumulate, learner="sgd", learning_rate=1.0)
+        trainer, train, _, _ = trainer_for(
+            tastes, "BPR", train_batch_size=size, gradient_accumulation=accumulate, learner="sgd", learning_rate=1.0
+        )
         batches = list(train)
         if size == 32:
             batches = [part for batch in large for part in (batch[:32], batch[32:])]
@@ -199,7 +203,7 @@ def test_recboles_own_trainers_run_on_top_of_ours(tastes):
 
 
 def test_two_runs_in_the_same_second_do_not_meet(tastes, monkeypatch):
-    monkeypatch.setattr("recbole_mm.record.time.strftime", lambda form: "20260101-000000")
+    monkeypatch.setattr("recbole_mm.record.time.strftime", lambda *args: "20260101-000000")
     first, second = (run("BPR", config_dict={**tastes, "epochs": 1})["run_dir"] for _ in range(2))
     assert first != second
     with pytest.raises(UserError, match="exists already"):
