@@ -49,6 +49,7 @@ setup(
         'recbole==1.2.1; python_version < "3.12"',
         *RECBOLE_NEEDS,
         "torch>=2.6",  # the first whose restricted reader of checkpoints is safe (CVE-2025-32434)
+        "torchvision>=0.21",
         "torch-geometric>=2.6",
         "transformers>=4.48",
         "open_clip_torch>=2.30",
@@ -56,9 +57,17 @@ setup(
         "optuna>=4.0",
         "pillow>=10.3",
         "safetensors>=0.4.5",
+        "huggingface_hub>=0.27",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9"],
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "packaging>=23.0", "ruff>=0.9"],
+        "approximate": ["faiss-cpu>=1.8"],  # item graphs of catalogues too large for exact neighbours; RecBole's NCL
+        "all-models": [
+            "faiss-cpu>=1.8",
+            "kmeans-pytorch>=0.3",
+            "lightgbm>=4.0",
+            "xgboost>=2.0",
+        ],  # RecBole's NCL, LDiffRec, LightGBM, XGBoost
         "docs": ["mkdocs-material>=9.5"],
     },
     entry_points={"console_scripts": ["recbole-mm = recbole_mm.cli:main"]},

@@ -36,13 +36,14 @@ FAMILIES = {
     "knowledge-aware": "knowledge_aware_recommender",
     "external": "exlib_recommender",
 }
+INTERACTION = ["user_id", "item_id", "rating", "timestamp"]
 SETTINGS = {  # RecBole has settings of these families for the name "ml-100k" only; ours are the same
     "general": {},
-    "sequential": {},
+    "sequential": {"load_col": {"inter": INTERACTION}},
     "context-aware": {
         "threshold": {"rating": 4},
         "load_col": {
-            "inter": ["user_id", "item_id", "rating", "timestamp"],
+            "inter": INTERACTION,
             "user": ["user_id", "age", "gender", "occupation"],
             "item": ["item_id", "release_year", "class"],
         },
@@ -50,9 +51,10 @@ SETTINGS = {  # RecBole has settings of these families for the name "ml-100k" on
     "knowledge-aware": {},
 }
 SETTINGS["external"] = SETTINGS["context-aware"]
-ATTRIBUTES = {"inter": ["user_id", "item_id", "rating", "timestamp"], "item": ["item_id", "release_year", "class"]}
-ENTITIES = {"inter": ["user_id", "item_id", "rating", "timestamp"], "ent": ["ent_id", "ent_emb"], "rel": ["rel_id", "rel_emb"]}
+ATTRIBUTES = {"inter": INTERACTION, "item": ["item_id", "release_year", "class"]}
+ENTITIES = {"inter": INTERACTION, "ent": ["ent_id", "ent_emb"], "rel": ["rel_id", "rel_emb"]}
 MODEL_SETTINGS = {
+    "NCL": {"num_clusters": 50},  # default 1000, more than there are users here
     **{name: {"load_col": ATTRIBUTES} for name in ("GRU4RecF", "SASRecF", "FDSA", "S3Rec")},
     **{name: {"load_col": {**ATTRIBUTES, "user": ["user_id", "age", "gender", "occupation"]}} for name in ("DIN", "DIEN")},
     "GRU4RecKG": {
@@ -82,6 +84,14 @@ def models() -> dict[str, str]:
                 if name.lower() == file.stem.lower().replace("_", "") or name.lower() == file.stem.lower():
                     found[name] = family
     return found
+
+
+def recbole_properties(name: str) -> str:
+    """Return the text of RecBole's property file of the model."""
+    import recbole
+
+    file = Path(recbole.__file__).parent / "properties" / "model" / f"{name}.yaml"
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def make_data(folder: Path) -> None:
@@ -137,6 +147,8 @@ def run(name: str, family: str, work: Path, limit: float, plain: bool) -> dict:
         for stage in stages(name, checkpoints):
             settings = {**shared, **SETTINGS[family], **MODEL_SETTINGS.get(name, {}), **stage}
             if plain:
+                if family == "sequential" and re.search("^loss_type: 'CE'", recbole_properties(name), re.MULTILINE):
+                    settings["train_neg_sample_args"] = None  # RecBole wants this said; our Config sees to it
                 command = [sys.executable, "-c", PLAIN, name, DATASET, json.dumps(settings)]
             else:
                 options = [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
