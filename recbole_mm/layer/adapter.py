@@ -47,8 +47,8 @@ class IISAN(nn.Module):
         t_l &= B^t_l(\mu^t_l t_{l-1} + (1-\mu^t_l) T_l), \quad v_l \text{ likewise with } V_l \\
         c_l &= B^c_l(c_{l-1} + \mu^c_l T_l + (1-\mu^c_l) C_l V_l)
 
-    B are residual bottlenecks, :math:`\mu = \sigma(g)` with g [3, L] started at zero (rows text, image, both; the first text and image gates
-    are not used, as in the reference), and C_l is affine V -> T. Nothing goes back through the towers themselves.
+    B are residual bottlenecks, :math:`\mu = \sigma(g)` with g [3, L] started at zero (rows text, image, both; the first gates of text and image
+    are unused, as in the reference), and C_l is affine V -> T. Nothing goes back through the towers themselves.
     Forward: image states [n, L, V] and text states [n, L, T] -> [n, T + V + T], the last text, image and joint state side by side.
     """
 
