@@ -57,6 +57,8 @@ class SLMRec(MultimodalRecommender):
         self.read_user = nn.Linear(width, dim)
         self.read_item = nn.Linear(width, dim)
         self.query, self.key = _chain(len(self.features), dim)
+        # a key's bias shifts a whole row of the softmax, so its gradient is zero by mathematics
+        self.parameters_without_gradient = tuple(f"key.{s}.bias" for s in range(len(self.features)))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return every user vector [U, d] and every item vector [I, d]."""
