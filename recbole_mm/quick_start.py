@@ -14,6 +14,7 @@ from recbole_mm import checkpoint
 from recbole_mm.config import Config
 from recbole_mm.data.dataset import MultimodalDataset, MultimodalSequentialDataset
 from recbole_mm.data.loader import data_preparation
+from recbole_mm.encoder.extract import ensure_features
 from recbole_mm.errors import UserError
 from recbole_mm.files import write_text
 from recbole_mm.logs import run_log
@@ -60,6 +61,8 @@ def create_dataset(config):
 
 def _prepare(config: Config) -> tuple[Any, Any, Any, Any]:
     """Dataset and loaders, drawn from the run's seed."""
+    if getattr(get_model(config["model"]), "uses_features", False):
+        ensure_features(config)
     init_seed(config["seed"], config["reproducibility"])
     with warnings.catch_warnings():  # pandas 3 hands out read-only arrays; RecBole makes tensors of them and writes into none
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -1,10 +1,255 @@
-"""Item texts and pictures. (First version; DATA replaces it.)"""
+"""Item pictures and texts: found by item token, read on demand, decoded once for training.
+
+The dataset comes from somebody else as a rule. So pictures are only ever found by listing one folder (a token with ``../`` in it names
+nothing), links out of the dataset are refused, and no picture of absurd size is decoded.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageFile, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from recbole_mm.errors import UserError
+from recbole_mm.files import atomic_path
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+MAX_PIXELS = 50_000_000  # a 50-megapixel photo is allowed; decoded it takes 150 MB
+TITLE_FIELDS = ("title", "name", "movie_title", "item_title")
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def cache_folder(dataset_folder: Path) -> Path:
+    """Where derived files of a dataset go: ``.cache`` in its folder, or the user's cache where that cannot be written."""
+    if os.access(dataset_folder, os.W_OK):
+        return dataset_folder / ".cache"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "recbole_mm" / hashlib.sha256(str(dataset_folder.resolve()).encode()).hexdigest()[:16]
 
 
 class ItemContent:
-    @classmethod
-    def from_config(cls, config, dataset):
-        return cls()
+    """Pictures and texts of the items of a dataset.
 
-    def title(self, i):
+    Args:
+        folder: the dataset's folder.
+        tokens: token of each item id; number 0 is padding.
+        text_fields: columns of ``<name>.item`` that make an item's text; absent ones are skipped.
+        image_folder: folder with ``<token>.jpg`` (or .jpeg, .png, .webp, .gif, .bmp), in the dataset's folder or absolute.
+        name: the dataset's name; the folder's by default.
+        separator: of the columns.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tokens: Sequence[str],
+        text_fields: Sequence[str] = ("title", "description", "brand", "categories"),
+        image_folder: str = "images",
+        name: str | None = None,
+        separator: str = "\t",
+    ):
+        self.folder = Path(folder)
+        self.tokens = [str(token) for token in tokens]
+        self.text_fields = tuple(text_fields)
+        self._table_path = self.folder / f"{name or self.folder.name}.item"
+        self._separator = separator
+        self._columns: dict[str, list[str]] | None = None
+        self._images = self._find_images(image_folder)
+        self._pixels: dict[str, tuple[np.ndarray, dict[str, int]]] = {}
+
+    @classmethod
+    def from_config(cls, config, dataset) -> "ItemContent":
+        """The content of a run's dataset."""
+        tokens = dataset.field2id_token[dataset.iid_field]
+        return cls(
+            config["data_path"],
+            tokens,
+            config["text_fields"] or (),
+            config["image_folder"] or "images",
+            config["dataset"],
+            config["field_separator"],
+        )
+
+    # texts
+
+    def _read(self) -> dict[str, list[str]]:
+        """Columns of the item file by field name, in the order of `tokens`; empty strings where an item or field is absent."""
+        if self._columns is not None:
+            return self._columns
+        self._columns = {}
+        if not self._table_path.is_file():
+            return self._columns
+        try:
+            table = pd.read_csv(self._table_path, sep=self._separator, dtype=str, keep_default_na=False, encoding="utf-8")
+        except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error) as error:
+            raise UserError(
+                f"{self._table_path}: expected UTF-8 text with columns separated by {self._separator!r} and a first line of field names ({error})."
+            ) from None
+        table.columns = [str(column).split(":")[0] for column in table.columns]
+        key = "item_id" if "item_id" in table else table.columns[0]
+        row_of = {token: row for row, token in enumerate(table[key])}
+        rows = [row_of.get(token, -1) for token in self.tokens]
+        rows[0] = -1
+        for column in table.columns:
+            values = table[column].tolist()
+            self._columns[column] = [values[row] if row >= 0 else "" for row in rows]
+        return self._columns
+
+    @property
+    def fields(self) -> list[str]:
+        """Columns of the item file."""
+        return list(self._read())
+
+    def field(self, name: str, item: int) -> str:
+        """Value of one column for one item; empty where it is absent."""
+        column = self._read().get(name)
+        return column[item].strip() if column is not None else ""
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether the dataset has at least one of the text fields."""
+        return any(field in self._read() for field in self.text_fields)
+
+    def title(self, item: int) -> str:
+        """The item's title, or what comes nearest to one; empty where the dataset has none."""
+        for name in TITLE_FIELDS:
+            if value := self.field(name, item):
+                return value
         return ""
+
+    def text(self, item: int) -> str:
+        """The text fields of an item joined by ". ", in the order of `text_fields`; empty where it has none."""
+        parts = [self.field(name, item).rstrip(" .") for name in self.text_fields]
+        return ". ".join(part for part in parts if part)
+
+    def texts(self, items: Iterable[int]) -> list[str]:
+        return [self.text(int(item)) for item in items]
+
+    # pictures
+
+    def _find_images(self, image_folder: str) -> dict[str, Path]:
+        """Token -> picture, from one listing of the folder."""
+        folder = self.folder / image_folder
+        if not folder.is_dir():
+            return {}
+        inside = folder.resolve()
+        if not Path(image_folder).is_absolute() and not inside.is_relative_to(self.folder.resolve()):
+            raise UserError(f"{folder} leads out of the dataset, to {inside}. If that is meant, set image_folder to that path.")
+        found: dict[str, Path] = {}
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                stem, suffix = os.path.splitext(entry.name)
+                if suffix.lower() not in SUFFIXES:
+                    continue
+                if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside):
+                    raise UserError(f"{entry.path} is a link out of the dataset, to {os.readlink(entry.path)}. Copy the picture instead.")
+                earlier = found.get(stem)
+                if earlier is None or SUFFIXES.index(suffix.lower()) < SUFFIXES.index(earlier.suffix.lower()):
+                    found[stem] = Path(entry.path)
+        return found
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any item has a picture."""
+        return any(token in self._images for token in self.tokens[1:])
+
+    def image_path(self, item: int) -> Path | None:
+        """The item's picture file, or None."""
+        return self._images.get(self.tokens[item]) if item > 0 else None
+
+    def image(self, item: int) -> Image.Image:
+        """The item's picture, RGB.
+
+        Raises:
+            UserError: when it has none, or the file is broken or absurdly large.
+        """
+        path = self.image_path(item)
+        if path is None:
+            raise UserError(f"The item {self.tokens[item]!r} has no picture in {self.folder}.")
+        return open_picture(path)
+
+    def image_tensor(self, items: Iterable[int], transform) -> Tensor:
+        """Resized pictures of items, uint8 [B, 3, S, S]; zeros for an item without one.
+
+        All pictures are decoded on the first call and kept on disk as one memory map, named after everything that shapes it.
+
+        Args:
+            items: item ids.
+            transform: its ``resize(picture)`` gives uint8 [3, S, S], ``describe()`` names it.
+        """
+        pixels, row_of = self._cached(transform)
+        rows = [row_of.get(self.tokens[item], -1) if item > 0 else -1 for item in map(int, items)]
+        batch = np.zeros((len(rows), *pixels.shape[1:]), np.uint8)
+        for place, row in enumerate(rows):
+            if row >= 0:
+                batch[place] = pixels[row]
+        return torch.from_numpy(batch)
+
+    def _cached(self, transform) -> tuple[np.ndarray, dict[str, int]]:
+        names = sorted(self._images)
+        stats = [(name, self._images[name].name, *_stamp(self._images[name])) for name in names]
+        key = hashlib.sha256(json.dumps([transform.describe(), stats], sort_keys=True).encode()).hexdigest()[:24]
+        if key not in self._pixels:
+            path = cache_folder(self.folder) / f"pixels-{key}.npy"
+            if not path.is_file():
+                self._decode_all(names, transform, path)
+            self._pixels[key] = np.load(path, mmap_mode="r", allow_pickle=False), {name: row for row, name in enumerate(names)}
+        return self._pixels[key]
+
+    def _decode_all(self, names: list[str], transform, path: Path) -> None:
+        """Decode every picture in threads (Pillow releases the interpreter) into one file that appears when it is whole."""
+        sample = transform.resize(open_picture(self._images[names[0]])) if names else torch.zeros(3, 1, 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(names), *sample.shape))
+
+            def decode(row: int) -> None:
+                pixels[row] = transform.resize(open_picture(self._images[names[row]])).numpy()
+
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                for _ in tqdm(
+                    pool.map(decode, range(len(names))), total=len(names), desc="Decode pictures", delay=2, leave=False, ncols=100
+                ):
+                    pass
+            pixels.flush()
+            del pixels
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Decode one picture to RGB.
+
+    Raises:
+        UserError: for a file that is no whole picture, or has more than 50 million pixels (a small file can name a size that fills the memory).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                width, height = picture.size
+                if width * height > MAX_PIXELS or not width or not height:
+                    raise UserError(
+                        f"{path} claims {width} x {height} pixels; more than {MAX_PIXELS:,} are refused. Make it smaller or remove it."
+                    )
+                return picture.convert("RGB")
+    except UserError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, MemoryError) as error:
+        raise UserError(
+            f"{path} is no picture that can be read ({' '.join(str(error).split()) or type(error).__name__}). Replace it, or remove it: then missing_modality decides."
+        ) from None

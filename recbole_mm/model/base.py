@@ -37,6 +37,8 @@ class MultimodalRecommender(GeneralRecommender):
 
     #: canonical order of modalities (the order of concatenations and chains); the user's list only selects
     modality_order: tuple[str, ...] | None = None
+    #: a run makes the feature set of its encoder first when it is missing
+    uses_features = True
     #: a model that needs its own dataset class or trainer names it here
     dataset_class: type | None = None
     trainer_class: type | None = None
