@@ -223,7 +223,6 @@ class ItemContent:
                 ):
                     pass
             pixels.flush()
-            del pixels
 
 
 def _stamp(path: Path) -> tuple[int, int]:
