@@ -4,23 +4,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from recbole_mm.layer.graph import BipartiteOperator, lightgcn_shared_users
+from recbole_mm.layer.graph import BipartiteOperator, lightgcn_shared_users, pick, spread
 
 
-class UnitFeatures:
-    """Rows of a feature table scaled to unit length, computed again only when the table has changed (or is being learned)."""
+class OfTable:
+    """A function of a feature table, computed again only when the table has changed (or is being learned)."""
 
-    def __init__(self, table_of):
-        self._table_of = table_of  # a function, so that a bank whose tables are replaced is followed
-        self._cached: tuple[Tensor, int, Tensor] | None = None
+    def __init__(self, table_of, function):
+        self._table_of, self._function = table_of, function  # table_of: a function, so that a bank whose tables are replaced is followed
+        self._cached: tuple[Tensor, int, object] | None = None
 
-    def __call__(self) -> Tensor:
+    def __call__(self):
         table = self._table_of()
         if table.requires_grad:
-            return normalize(table, dim=1)
+            return self._function(table)
         if self._cached is None or self._cached[0] is not table or self._cached[1] != table._version:
-            self._cached = (table, table._version, normalize(table, dim=1))
+            with torch.no_grad():
+                self._cached = (table, table._version, self._function(table))
         return self._cached[2]
+
+
+def unit_features(table_of) -> OfTable:
+    """Rows of a feature table scaled to unit length."""
+    return OfTable(table_of, lambda table: normalize(table, dim=1))
 
 
 class ChannelEncoder(nn.Module):
@@ -36,7 +42,8 @@ class ChannelEncoder(nn.Module):
         self.item_embedding = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_items, dim)))
         self.project = nn.ModuleList(nn.Linear(width, dim) for width in features.dims.values())
         self.names = ["id", *features.keys()]
-        self._unit = [UnitFeatures(lambda name=name: features[name]) for name in features.keys()]
+        self._tables = [lambda name=name: features[name] for name in features.keys()]
+        self._unit = [unit_features(table) for table in self._tables]
 
     def items(self) -> list[Tensor]:
         """Item inputs of the channels, each [I, d], the id channel first."""
@@ -46,7 +53,51 @@ class ChannelEncoder(nn.Module):
         """The scaled feature tables, one for each modality."""
         return [unit() for unit in self._unit]
 
-    def forward(self, operator: BipartiteOperator, n_layers: int, items: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """LightGCN vectors of every channel side by side: users [U, C d], items [I, C d]; `items` replaces the channels' inputs."""
+    def forward(
+        self,
+        operator: BipartiteOperator,
+        n_layers: int,
+        items: list[Tensor] | None = None,
+        user_rows: Tensor | None = None,
+        item_rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """LightGCN vectors of every channel side by side: users [U, C d], items [I, C d].
+
+        Args:
+            items: replaces the channels' inputs.
+            user_rows, item_rows: distinct ids; only these rows are computed and returned.
+        """
         inputs = torch.cat(self.items() if items is None else items, 1)
-        return lightgcn_shared_users(operator, self.user_embedding, inputs, n_layers)
+        return lightgcn_shared_users(operator, self.user_embedding, inputs, n_layers, user_rows, item_rows)
+
+
+class FixedGraphEncoder:
+    r"""The same vectors on a graph that never changes, with the features propagated once and for all.
+
+    The pass is linear: :math:`\mathrm{LightGCN}([0; XW^\top + b]) = \mathrm{LightGCN}([0; X])\,W^\top + \mathrm{LightGCN}([0; 1])\,b`. As long as a feature table is constant
+    and no wider than `limit` times d, its propagated form is kept (U + I rows), and a batch maps only the rows it needs; other tables are mapped first and propagated.
+    """
+
+    def __init__(self, encoder: ChannelEncoder, operator: BipartiteOperator, n_layers: int, limit: int = 16):
+        self.encoder, self.operator, self.n_layers, self.limit = encoder, operator, n_layers, limit
+        self._propagated = [OfTable(table, self._propagate) for table in encoder._tables]
+        start = encoder.item_embedding.new_ones(len(encoder.item_embedding), 1).detach()
+        self._ones = spread(operator, start, n_layers, from_users=False)
+
+    def _propagate(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        return spread(self.operator, normalize(table, dim=1), self.n_layers, from_users=False)
+
+    def __call__(self, user_rows: Tensor | None = None, item_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Users [P, C d] and items [Q, C d] of the given distinct rows, or of all."""
+        e, rows = self.encoder, (user_rows, item_rows)
+        shared = spread(self.operator, e.user_embedding, self.n_layers, True, *rows)
+        channels = [spread(self.operator, e.item_embedding, self.n_layers, False, *rows)]
+        for project, propagated, table in zip(e.project, self._propagated, e._tables):
+            raw = table()
+            if raw.requires_grad or raw.shape[1] > self.limit * project.out_features:
+                mapped = project(normalize(raw, dim=1))
+                channels.append(spread(self.operator, mapped, self.n_layers, False, *rows))
+            else:
+                weight, bias = project.weight.T, project.bias
+                channels.append([pick(x, r) @ weight + pick(one, r) * bias for x, one, r in zip(propagated(), self._ones, rows)])
+        return tuple(torch.cat([x + own for x in side], 1) for own, side in zip(shared, zip(*channels)))

@@ -127,6 +127,28 @@ class SparseOperator:
     def __call__(self, x: Tensor) -> Tensor:
         return _FixedProduct.apply(x, self.matrix, self.transposed)
 
+    def rows(self, index: Tensor) -> SparseOperator:
+        """The operator with only the rows `index` [P] (distinct), for a product of which a batch needs no more."""
+        shape = (len(index), self.matrix.shape[1])
+        crow, col, values = self.matrix.crow_indices(), self.matrix.col_indices(), self.matrix.values()
+        counts = crow[index + 1] - crow[index]
+        new_crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        total = int(new_crow[-1])
+        place = torch.arange(total, device=col.device) + (crow[index] - new_crow[:-1]).repeat_interleave(counts, output_size=total)
+        new_col, new_values = col[place], values[place]
+        if total * 8 < len(col):  # few rows: sort what is left, else filter the stored transpose, which is in order already
+            order = new_col.argsort(stable=True)
+            row = torch.arange(len(index), device=col.device).repeat_interleave(counts, output_size=total)
+            transposed = csr(_offsets(new_col[order], shape[1]), row[order], new_values[order], shape[::-1])
+        else:
+            position = crow.new_full((self.matrix.shape[0],), -1)
+            position[index] = torch.arange(len(index), device=col.device)
+            position = position[self.transposed.col_indices()]
+            kept = position >= 0
+            passed = torch.cat([crow.new_zeros(1), kept.cumsum(0)])
+            transposed = csr(passed[self.transposed.crow_indices()], position[kept], self.transposed.values()[kept], shape[::-1])
+        return SparseOperator(csr(new_crow, new_col, new_values, shape), transposed)
+
 
 class BipartiteOperator:
     r"""A normalised adjacency of users and items, split in its blocks.
@@ -148,6 +170,14 @@ class BipartiteOperator:
         if self.loops is not None:
             new_users = torch.addcmul(new_users, self.loops[0], users)
             new_items = torch.addcmul(new_items, self.loops[1], items)
+        return new_users, new_items
+
+    def some_rows(self, users: Tensor, items: Tensor, user_rows: Tensor, item_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows `user_rows` [P] and `item_rows` [Q] of one step, nothing else computed."""
+        new_users, new_items = self.to_users.rows(user_rows)(items), self.to_items.rows(item_rows)(users)
+        if self.loops is not None:
+            new_users = torch.addcmul(new_users, self.loops[0][user_rows], pick(users, user_rows))
+            new_items = torch.addcmul(new_items, self.loops[1][item_rows], pick(items, item_rows))
         return new_users, new_items
 
     def to_coo(self) -> tuple[Tensor, Tensor]:
@@ -251,49 +281,91 @@ def _power(degree: Tensor, exponent: float) -> Tensor:
     return torch.where(positive, torch.where(positive, degree, 1.0).pow(exponent), 0.0)
 
 
-def lightgcn(operator: BipartiteOperator, users: Tensor, items: Tensor, n_layers: int) -> tuple[Tensor, Tensor]:
-    r"""LightGCN pooling :math:`\frac{1}{L+1}\sum_{k=0}^{L} \hat A^k [U; I]` for users [n, D] and items [m, D]; D may hold several channels."""
-    sum_users, sum_items = users, items
-    for _ in range(n_layers):
-        users, items = operator(users, items)
-        sum_users, sum_items = sum_users + users, sum_items + items
+def pick(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x[rows], or all of x for None."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def lightgcn(
+    operator: BipartiteOperator,
+    users: Tensor,
+    items: Tensor,
+    n_layers: int,
+    user_rows: Tensor | None = None,
+    item_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""LightGCN pooling :math:`\frac{1}{L+1}\sum_{k=0}^{L} \hat A^k [U; I]` of users [n, D] and items [m, D]; D may hold several channels.
+
+    With `user_rows` [P] and `item_rows` [Q] (distinct ids) only those rows are returned, and the last layer computes no others.
+    """
+    sum_users, sum_items = pick(users, user_rows), pick(items, item_rows)
+    for k in range(1, n_layers + 1):
+        if k < n_layers or (user_rows is None and item_rows is None):
+            users, items = operator(users, items)
+            sum_users, sum_items = sum_users + pick(users, user_rows), sum_items + pick(items, item_rows)
+        else:
+            last_users, last_items = operator.some_rows(users, items, user_rows, item_rows)
+            sum_users, sum_items = sum_users + last_users, sum_items + last_items
     return sum_users / (n_layers + 1), sum_items / (n_layers + 1)
 
 
-def lightgcn_shared_users(operator: BipartiteOperator, users: Tensor, items: Tensor, n_layers: int) -> tuple[Tensor, Tensor]:
-    r"""LightGCN pooling of C item channels that share one user table, as one product.
+def spread(
+    operator: BipartiteOperator,
+    start: Tensor,
+    n_layers: int,
+    from_users: bool,
+    user_rows: Tensor | None = None,
+    item_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""LightGCN pooling of [U; 0] (`from_users`) or [0; I]: what one side contributes to users and to items. Rows as in :func:`lightgcn`.
 
-    users [n, d], items [m, C d] -> users [n, C d], items [m, C d], column block c being ``lightgcn(operator, users, items_c)``.
-    The pass is linear, so what starts at the users is propagated once (width d) and added to every channel. Without loops the blocks of
-    the operator alternate, which halves the work again: from the users only even powers end at users, odd ones at items.
+    The pass is linear, so pooling of [U; I] is the sum of both. Without loops the blocks of the operator alternate: what starts at the users ends at users after
+    an even number of steps and at items after an odd one, so that each step costs half.
     """
-    channels = items.shape[1] // users.shape[1]
+    n, m = operator.to_users.matrix.shape
     if operator.loops is not None:
-        return lightgcn(operator, users.repeat(1, channels), items, n_layers)
-    there, back = _alternate(operator.to_items, operator.to_users, users, n_layers)  # sums that end at users, at items
-    items_there, items_back = _alternate(operator.to_users, operator.to_items, items, n_layers)
-    scale = 1 / (n_layers + 1)
-    return _add_to_channels(items_back, there, channels, scale), _add_to_channels(items_there, back, channels, scale)
-
-
-def _alternate(first, second, start: Tensor, n_layers: int) -> tuple[Tensor, Tensor | None]:
-    """Sums of the even powers (they end where `start` is) and of the odd powers (on the other side) of an operator without loops."""
-    sums = [start, None]
+        other = start.new_zeros(m if from_users else n, start.shape[1])
+        return lightgcn(operator, *((start, other) if from_users else (other, start)), n_layers, user_rows, item_rows)
+    here, there = (user_rows, item_rows) if from_users else (item_rows, user_rows)
+    away, home = (operator.to_items, operator.to_users) if from_users else (operator.to_users, operator.to_items)
+    sums: list[Tensor | None] = [pick(start, here), None]  # at the side of the start, at the other side
     state = start
     for k in range(1, n_layers + 1):
-        state = (first if k % 2 else second)(state)
-        sums[k % 2] = state if sums[k % 2] is None else sums[k % 2] + state
-    return sums[0], sums[1]
+        step, rows = (away, there) if k % 2 else (home, here)
+        if k == n_layers and rows is not None:
+            arrived = step.rows(rows)(state)
+        else:
+            state = step(state)
+            arrived = pick(state, rows)
+        sums[k % 2] = arrived if sums[k % 2] is None else sums[k % 2] + arrived
+    if sums[1] is None:
+        size = (m if from_users else n) if there is None else len(there)
+        sums[1] = start.new_zeros(size, start.shape[1])
+    at_start, at_other = (x / (n_layers + 1) for x in sums)
+    return (at_start, at_other) if from_users else (at_other, at_start)
 
 
-def _add_to_channels(wide: Tensor | None, narrow: Tensor | None, channels: int, scale: float) -> Tensor:
-    """scale * (wide + narrow repeated in each of the channels)."""
-    if wide is None:
-        return (narrow * scale).repeat(1, channels)
-    if narrow is None:
-        return wide * scale
-    rows, width = wide.shape
-    return ((wide.view(rows, channels, -1) + narrow[:, None]) * scale).view(rows, width)
+def lightgcn_shared_users(
+    operator: BipartiteOperator,
+    users: Tensor,
+    items: Tensor,
+    n_layers: int,
+    user_rows: Tensor | None = None,
+    item_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""LightGCN pooling of C item channels that share one user table, as one product.
+
+    users [n, d], items [m, C d] -> users [n, C d], items [m, C d], column block c being ``lightgcn(operator, users, items_c)``. What starts at the users is
+    propagated once (width d) and added to every channel. Rows as in :func:`lightgcn`.
+    """
+    shared = spread(operator, users, n_layers, True, user_rows, item_rows)
+    own = spread(operator, items, n_layers, False, user_rows, item_rows)
+    return tuple(add_to_channels(wide, narrow) for wide, narrow in zip(own, shared))
+
+
+def add_to_channels(wide: Tensor, narrow: Tensor) -> Tensor:
+    """`wide` [P, C d] plus `narrow` [P, d] in each of its channels."""
+    return (wide.view(len(wide), -1, narrow.shape[1]) + narrow[:, None]).view(wide.shape)
 
 
 # Item-item neighbours -----------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from recbole_mm.layer.graph import (
     cosine_neighbours,
     lightgcn,
     neighbour_similarities,
+    pick,
     symmetric_scaling,
 )
 from recbole_mm.model.base import MultimodalRecommender
@@ -143,27 +144,30 @@ class LATTICE(MultimodalRecommender):
 
     # vectors and loss
 
-    def propagate(self) -> tuple[Tensor, Tensor]:
-        """z: user [U, d] and item [I, d] vectors of the user-item part."""
+    def propagate(self, user_rows: Tensor | None = None, item_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z: vectors of the user-item part for the given distinct users and items, or all."""
         users, items = self.user_embedding, self.item_embedding
         if self.cf_model == "mf":
-            return users, items
+            return pick(users, user_rows), pick(items, item_rows)
         if self.cf_model == "lightgcn":
-            return lightgcn(self.operator, users, items, self.n_ui_layers)
+            return lightgcn(self.operator, users, items, self.n_ui_layers, user_rows, item_rows)
         layers = [(users, items)]
         for message, interaction in zip(self.message, self.interaction):
             sides = zip((users, items), self.operator(users, items))
             new = [leaky_relu(message(side)) + leaky_relu(interaction(ego * side)) for ego, side in sides]
             users, items = (dropout(x, self.message_dropout, self.training) for x in new)
             layers.append((normalize(users, dim=1), normalize(items, dim=1)))
-        return tuple(torch.stack(side).mean(0) for side in zip(*layers))
+        means = (torch.stack(side).mean(0) for side in zip(*layers))
+        return tuple(pick(x, rows) for x, rows in zip(means, (user_rows, item_rows)))
 
-    def item_part(self, product) -> Tensor:
-        """h [I, d], `product` being the multiplication with S."""
+    def item_part(self, product, item_rows: Tensor | None = None) -> Tensor:
+        """h of all items, `product` being the multiplication with S, or of the rows `item_rows` where `product` is a SparseOperator."""
         h = self.item_embedding
-        for _ in range(self.n_layers):
+        for step in range(self.n_layers):
+            if step == self.n_layers - 1 and item_rows is not None:
+                return product.rows(item_rows)(h)
             h = product(h)
-        return h
+        return pick(h, item_rows)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return every user vector [U, d] and every item vector [I, d] from the item graph of the current weights."""
@@ -173,20 +177,20 @@ class LATTICE(MultimodalRecommender):
 
     def calculate_loss(self, interaction) -> Tensor:
         """BPR over (user, positive, sampled negative) plus L2 on the vectors used, over the configured batch size; a scalar."""
+        user, user_of = interaction[self.USER_ID].unique(return_inverse=True)
+        item, item_of = torch.cat([interaction[self.ITEM_ID], interaction[self.NEG_ITEM_ID]]).unique(return_inverse=True)
         if self._constant is None:
             pattern, values = self.item_graph()
-            h = self.item_part(lambda x: pattern.product(values, x))
+            h = pick(self.item_part(lambda x: pattern.product(values, x)), item)
             self._constant = pattern.operator(values)
         else:
-            h = self.item_part(self._constant)
+            h = self.item_part(self._constant, item)
             self._keep_momentum()
-        users, items = self.propagate()
-        user = users[interaction[self.USER_ID]]
-        chosen = torch.cat([interaction[self.ITEM_ID], interaction[self.NEG_ITEM_ID]])
-        both = items[chosen] + normalize(h[chosen], dim=1)
-        pos, neg = both.chunk(2)
-        ranking = bpr((user * pos).sum(1), (user * neg).sum(1))
-        return ranking + self.reg_weight * 0.5 * (user.pow(2).sum() + both.pow(2).sum()) / self.batch_size
+        users, items = self.propagate(user, item)
+        users, items = users[user_of], (items + normalize(h, dim=1))[item_of]
+        pos, neg = items.chunk(2)
+        ranking = bpr((users * pos).sum(1), (users * neg).sum(1))
+        return ranking + self.reg_weight * 0.5 * (users.pow(2).sum() + items.pow(2).sum()) / self.batch_size
 
     def _keep_momentum(self) -> None:
         """Give the graph's parameters a zero gradient on batches that have none for them, so that the optimizer's momentum goes on."""

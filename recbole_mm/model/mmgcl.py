@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.layer.contrastive import bpr, info_nce
-from recbole_mm.layer.fusion import ChannelEncoder
+from recbole_mm.layer.fusion import ChannelEncoder, FixedGraphEncoder
 from recbole_mm.layer.graph import BipartiteGraph, BipartiteOperator
 from recbole_mm.model.base import MultimodalRecommender
 
@@ -66,7 +66,8 @@ class MMGCL(MultimodalRecommender):
 
         self.graph = BipartiteGraph.from_matrix(dataset.inter_matrix(form="coo"), self.device)
         self.operator = self.graph.operator("sym")
-        self.channels = ChannelEncoder(self.n_users, self.n_items, self.features, dim)
+        self.channels = ChannelEncoder(self.n_users, self.n_items, self.features, dim).to(self.device)
+        self.encode = FixedGraphEncoder(self.channels, self.operator, self.n_layers)
         width = dim * (1 + len(names))
         self.read_user = nn.Linear(width, dim)
         self.read_item = nn.Linear(width, dim)
@@ -78,20 +79,22 @@ class MMGCL(MultimodalRecommender):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return every user vector [U, d] and every item vector [I, d]."""
-        users, items = self.channels(self.operator, self.n_layers)
+        users, items = self.encode()
         return self.read_user(users), self.read_item(items)
 
     def calculate_loss(self, interaction) -> Tensor:
         """BPR over (user, positive, sampled negative) plus the weighted contrastive loss; a scalar."""
-        user, pos, neg = interaction[self.USER_ID], interaction[self.ITEM_ID], interaction[self.NEG_ITEM_ID]
-        inputs = self.channels.items()
-        full = self.channels(self.operator, self.n_layers, inputs)
-        u = self.read_user(full[0][user])
-        i, j = self.read_item(full[1][torch.cat([pos, neg])]).chunk(2)
+        user, user_of = interaction[self.USER_ID].unique(return_inverse=True)
+        item, item_of = torch.cat([interaction[self.ITEM_ID], interaction[self.NEG_ITEM_ID]]).unique(return_inverse=True)
+        pos_of, neg_of = item_of.chunk(2)
+        full = self.encode(user, item)
+        u = self.read_user(full[0])[user_of]
+        i, j = self.read_item(full[1])[item_of].chunk(2)
         ranking = bpr((u * i).sum(1), (u * j).sum(1), 1e-5)
         if self.resample == "batch" or self._drawn is None:
             self._drawn = self.draw()
-        return ranking + self.ssl_weight * self.contrastive_loss(inputs, full, self._drawn, user, pos, neg)
+        views = self.views(full, self._drawn, user, item)
+        return ranking + self.ssl_weight * self.contrastive_loss(views, user_of, pos_of, neg_of)
 
     # the perturbed graphs
 
@@ -108,17 +111,33 @@ class MMGCL(MultimodalRecommender):
             drawn["modality"] = int(torch.multinomial(self.mask_weights, 1))
         return drawn
 
+    def views(
+        self, full: tuple[Tensor, Tensor], drawn: dict, user_rows: Tensor | None = None, item_rows: Tensor | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Channels (users [P, C d], items [Q, C d]) of every drawn graph, for the given distinct rows or all; `full` are those of the full graph."""
+        inputs, rows = self.channels.items(), (user_rows, item_rows)
+        views = {name: self.channels(drawn[name], self.n_layers, inputs, *rows) for name in ("ED", "ED2") if name in drawn}
+        if "MM" in drawn:
+            views["MM"] = self.masked_channels(inputs, full, drawn["MM"], drawn["modality"], *rows)
+        return views
+
     def masked_channels(
-        self, inputs: list[Tensor], full: tuple[Tensor, Tensor], operator: BipartiteOperator, modality: int
+        self,
+        inputs: list[Tensor],
+        full,
+        operator: BipartiteOperator,
+        modality: int,
+        user_rows: Tensor | None = None,
+        item_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Channels [U, C d], [I, C d] with one modality encoded on the perturbed graph, the others as on the full one."""
+        """Channels with one modality encoded on the perturbed graph, the others as on the full one."""
         names, channel = self.features.keys(), modality + 1
-        source, target = channel, channel
+        source = channel
         users, items = ([*side.chunk(len(inputs), 1)] for side in full)
         if self.published and names[modality] == "textual" and "visual" in names:
             source = names.index("visual") + 1  # the published swap: visual features fill the textual slot, textual ones the visual slot
             users[source], items[source] = users[channel], items[channel]
-        users[target], items[target] = self.channels(operator, self.n_layers, [inputs[source]])
+        users[channel], items[channel] = self.channels(operator, self.n_layers, [inputs[source]], user_rows, item_rows)
         return torch.cat(users, 1), torch.cat(items, 1)
 
     # the contrastive loss
@@ -144,22 +163,17 @@ class MMGCL(MultimodalRecommender):
             extra = (u[user_of] * n).sum(1)
         return info_nce(u, i, self.ssl_temperature, user_of, item_of, extra)
 
-    def contrastive_loss(self, inputs, full, drawn: dict, user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
-        """Sum over the views of the task; in the published form twice the edge view, or two edge views."""
-        modalities, total = len(self.features), 0.0
-        challenge = "CN" in self.task and not self.published
-        if "ED" in drawn:
-            replaced = [1 + int(torch.randint(modalities, (1,)))] if challenge else None
-            total = self.view_loss(self.channels(drawn["ED"], self.n_layers, inputs), user, pos, neg, replaced)
+    def contrastive_loss(self, views: dict[str, tuple[Tensor, Tensor]], user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+        """Sum over the views of the task; in the published form twice the edge view, or two edge views. `user`, `pos`, `neg` [B] are rows of the views."""
         if self.published:
-            return (
-                total + self.view_loss(self.channels(drawn["ED2"], self.n_layers, inputs), user, pos, neg, None)
-                if "ED2" in drawn
-                else 2 * total
-            )
-        if "MM" in drawn:
-            view = self.masked_channels(inputs, full, drawn["MM"], drawn["modality"])
-            total = total + self.view_loss(view, user, pos, neg, [*range(1, 1 + modalities)] if challenge else None)
+            first = self.view_loss(views["ED"], user, pos, neg, None)
+            return first + self.view_loss(views["ED2"], user, pos, neg, None) if "ED2" in views else 2 * first
+        modalities, challenge, total = len(self.features), "CN" in self.task, 0.0
+        if "ED" in views:
+            replaced = [1 + int(torch.randint(modalities, (1,)))] if challenge else None
+            total = self.view_loss(views["ED"], user, pos, neg, replaced)
+        if "MM" in views:
+            total = total + self.view_loss(views["MM"], user, pos, neg, [*range(1, 1 + modalities)] if challenge else None)
         return total
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, linear, normalize
 
 from recbole_mm.layer.contrastive import bpr
-from recbole_mm.layer.fusion import UnitFeatures
-from recbole_mm.layer.graph import BipartiteGraph, BipartiteOperator, SparseOperator
+from recbole_mm.layer.fusion import unit_features
+from recbole_mm.layer.graph import BipartiteGraph, BipartiteOperator, SparseOperator, pick
 from recbole_mm.model.base import MultimodalRecommender
 
 
@@ -61,7 +61,7 @@ class MMGCN(MultimodalRecommender):
                 config["latent_dim"] if name in latent else None,
                 config["combination"] == "concat",
                 frozen,
-                UnitFeatures(lambda name=name: self.features[name]),
+                unit_features(lambda name=name: self.features[name]),
                 lambda name=name: self.features[name],
             )
             for name, width in self.features.dims.items()
@@ -129,17 +129,17 @@ class Branch(nn.Module):
             else:
                 x_users, x_items = outputs[-1]
                 message_users, own_items = x_items @ self.conv[k], None
-            own_users = self.self_map[k](_pick(x_users, rows[0]))
+            own_users = self.self_map[k](pick(x_users, rows[0]))
             if own_items is None:
-                own_items = self.self_map[k](_pick(x_items, rows[1]))
+                own_items = self.self_map[k](pick(x_items, rows[1]))
             else:
-                own_items = _pick(own_items, rows[1])
-            to_users = _pick(operator.to_users(message_users), rows[0])
-            to_items = _pick(self._to_items(operator.to_items, x_users, k), rows[1])
+                own_items = pick(own_items, rows[1])
+            to_users = _limited(operator.to_users, rows[0])(message_users)
+            to_items = self._to_items(_limited(operator.to_items, rows[1]), x_users, k)
             outputs.append(
                 (
-                    self._combined(k, to_users, own_users, _pick(id_users, rows[0])),
-                    self._combined(k, to_items, own_items, _pick(id_items, rows[1])),
+                    self._combined(k, to_users, own_users, pick(id_users, rows[0])),
+                    self._combined(k, to_items, own_items, pick(id_items, rows[1])),
                 )
             )
         return outputs
@@ -176,5 +176,5 @@ class Branch(nn.Module):
         return leaky_relu(torch.addmm(linear(h, weight_h, layer.bias), own, weight_own.T))
 
 
-def _pick(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x[rows]
+def _limited(operator: SparseOperator, rows: Tensor | None) -> SparseOperator:
+    return operator if rows is None else operator.rows(rows)

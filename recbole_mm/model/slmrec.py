@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from recbole_mm.layer.contrastive import info_nce
-from recbole_mm.layer.fusion import ChannelEncoder
+from recbole_mm.layer.fusion import ChannelEncoder, FixedGraphEncoder
 from recbole_mm.layer.graph import BipartiteGraph
 from recbole_mm.model.base import MultimodalRecommender
 
@@ -52,7 +52,8 @@ class SLMRec(MultimodalRecommender):
 
         graph = BipartiteGraph.from_matrix(dataset.inter_matrix(form="coo"), self.device)
         self.operator = graph.operator(config["adjacency"])
-        self.channels = ChannelEncoder(self.n_users, self.n_items, self.features, dim)
+        self.channels = ChannelEncoder(self.n_users, self.n_items, self.features, dim).to(self.device)
+        self.encode = FixedGraphEncoder(self.channels, self.operator, self.n_layers)
         width = dim * (1 + len(self.features))
         self.read_user = nn.Linear(width, dim)
         self.read_item = nn.Linear(width, dim)
@@ -62,15 +63,14 @@ class SLMRec(MultimodalRecommender):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return every user vector [U, d] and every item vector [I, d]."""
-        users, items = self.channels(self.operator, self.n_layers)
+        users, items = self.encode()
         return self.read_user(users), self.read_item(items)
 
     def calculate_loss(self, interaction) -> Tensor:
         """Main plus weighted chain loss of the batch's (user, item) pairs; a scalar. Everything after the propagation is done once per distinct user and item."""
-        users, items = self.channels(self.operator, self.n_layers)
         user, user_of = interaction[self.USER_ID].unique(return_inverse=True)
         item, item_of = interaction[self.ITEM_ID].unique(return_inverse=True)
-        users, items = users[user], items[item]
+        users, items = self.encode(user, item)
         main = self.main_loss(self.read_user(users), self.read_item(items), user_of, item_of)
         return main + self.ssl_weight * sum(self.chain_losses(items, item_of))
 

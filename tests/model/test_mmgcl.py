@@ -119,8 +119,8 @@ def test_golden_views_and_losses(path, case, modality):
         if f"{both}/out/ce3[{task}]" in z:
             g.close(ce(one[0] @ one[2].T / tau), z[f"{both}/out/ce3[{task}]"], "ce3")
         model.task = task
-        drawn = {"ED": operators["ed"]} | ({"ED2": operators["ed2"]} if task == "ED" else {})
-        g.close(model.contrastive_loss(inputs, full, drawn, user, pos, neg), z[f"{both}/out/ssl[{task}]"], f"ssl[{task}]")
+        views = {"ED": first} | ({"ED2": second} if task == "ED" else {})
+        g.close(model.contrastive_loss(views, user, pos, neg), z[f"{both}/out/ssl[{task}]"], f"ssl[{task}]")
     g.close(model.view_loss(masked, user, pos, neg, None), z[f"{both}/alt/ce_users2_items2"], "ce_users2_items2")
     g.close(ce(one[0] @ two[0].T / tau), z[f"{both}/alt/ce_users1_users2"], "ce_users1_users2")
     g.close(ce(one[1] @ two[1].T / tau), z[f"{both}/alt/ce_items1_items2"], "ce_items1_items2")
@@ -154,14 +154,13 @@ def test_golden_fixed_loss_is_both_views_with_challenging_negatives(path, monkey
     operators = graphs(model, z, "drop")
     drawn = {"ED": operators["ed"], "MM": operators["mm"], "modality": 0}
     monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.tensor([high - 1]))  # the last modality, as published
-    inputs = model.channels.items()
-    full = model.channels(model.operator, model.n_layers, inputs)
+    full = model.channels(model.operator, model.n_layers)
     expected = 0.0
     for name in ("drop/out/view_ed", "drop_image/out/view_mm"):
         u, i, n = (torch.from_numpy(z[f"{name}/{part}"]) for part in ("users", "items", "neg_items"))
         expected += ce(torch.cat([u @ i.T, (u * n).sum(1, keepdim=True)], 1) / tau)
     model.task = "ED+MM+CN"
-    actual = model.contrastive_loss(inputs, full, drawn, batch["user_id"], batch["item_id"], batch["neg_item_id"])
+    actual = model.contrastive_loss(model.views(full, drawn), batch["user_id"], batch["item_id"], batch["neg_item_id"])
     g.close(actual, expected.numpy(), "fixed ssl")
 
 
