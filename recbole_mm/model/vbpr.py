@@ -47,26 +47,27 @@ class VBPR(MultimodalRecommender):
         self.bpr_loss = BPRLoss()
         self.reg_loss = EmbLoss()
 
-    def _raw(self, items: Tensor | None) -> Tensor:
-        """Concatenated features of `items` [n], or of all, [n, F]."""
-        tables = [table if items is None else table[items] for table in self.features.values()]
-        if self.normalize_features:
-            tables = [functional.normalize(table, dim=-1) for table in tables]
-        return torch.cat(tables, dim=-1)
+    def _raw(self, items: Tensor | None) -> list[Tensor]:
+        """Features of `items` [n], or of all, one [n, F_m] per modality."""
+        tables = [table if items is None else table.index_select(0, items) for table in self.features.values()]
+        return [functional.normalize(table, dim=-1) for table in tables] if self.normalize_features else tables
 
     def item_vectors(self, items: Tensor | None = None) -> Tensor:
         """Vectors of `items` [n], or of all, [n, 2d] (with ``use_bias`` [n, 2d + 1])."""
-        raw = self._raw(items)
-        ids = self.item_embedding if items is None else self.item_embedding[items]
-        parts = [ids, self.project(raw)]
-        if self.use_bias:
+        ids = self.item_embedding if items is None else self.item_embedding.index_select(0, items)
+        weight, projected = self.project.weight, self.project.bias
+        if self.use_bias:  # the bias is one more column of the map
             bias = self.item_bias if items is None else self.item_bias[items]
-            parts.append((bias + raw @ self.feature_bias).unsqueeze(-1))
-        return torch.cat(parts, dim=-1)
+            weight = torch.cat([weight, self.feature_bias.unsqueeze(0)])
+            projected = torch.cat([projected.expand(len(ids), -1), bias.unsqueeze(-1)], dim=-1)
+        # The map of the concatenated features is the sum of one map for each modality; nothing is concatenated.
+        for raw, part in zip(self._raw(items), weight.split(list(self.features.dims.values()), dim=1)):
+            projected = projected + functional.linear(raw, part)
+        return torch.cat([ids, projected], dim=-1)
 
     def user_vectors(self, users: Tensor | None = None) -> Tensor:
         """Vectors of `users` [n], or of all, [n, 2d] (with ``use_bias`` a column of ones that picks the item's bias up)."""
-        vectors = self.user_embedding if users is None else self.user_embedding[users]
+        vectors = self.user_embedding if users is None else self.user_embedding.index_select(0, users)
         return torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=-1) if self.use_bias else vectors
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -75,9 +76,12 @@ class VBPR(MultimodalRecommender):
 
     def calculate_loss(self, interaction) -> Tensor:
         """BPR over (user, positive, sampled negative) plus the regulariser; a scalar."""
-        pos, neg = interaction[self.ITEM_ID], interaction[self.NEG_ITEM_ID]
         user = self.user_vectors(interaction[self.USER_ID])
-        positive, negative = self.item_vectors(torch.cat([pos, neg])).split([len(pos), len(neg)])
-        ranking = self.bpr_loss((user * positive).sum(-1), (user * negative).sum(-1))
-        own = slice(None, 2 * self.item_embedding.shape[1])  # biases and the column of ones stay out of the regulariser
-        return ranking + self.reg_weight * self.reg_loss(user[:, own], positive[:, own], negative[:, own]).squeeze()
+        # A batch names many items twice; each is projected once.
+        distinct, place = torch.unique(torch.cat([interaction[self.ITEM_ID], interaction[self.NEG_ITEM_ID]]), return_inverse=True)
+        positive, negative = self.item_vectors(distinct).index_select(0, place).chunk(2)
+        difference = (user * (positive - negative)).sum(-1)
+        ranking = self.bpr_loss(difference, torch.zeros_like(difference))
+        if self.use_bias:  # biases and the column of ones stay out of the regulariser
+            user, positive, negative = user[:, :-1], positive[:, :-1], negative[:, :-1]
+        return ranking + self.reg_weight * self.reg_loss(user, positive, negative).squeeze()

@@ -21,7 +21,12 @@ def golden_model(z, prefix: str, modalities: dict[str, str]):
     return model, cfg
 
 
-NAMES = {"u_embedding": "user_embedding", "i_embedding": "item_embedding", "item_linear.weight": "project.weight", "item_linear.bias": "project.bias"}
+NAMES = {
+    "u_embedding": "user_embedding",
+    "i_embedding": "item_embedding",
+    "item_linear.weight": "project.weight",
+    "item_linear.bias": "project.bias",
+}
 CASES = [("", {"visual": "feat/v", "textual": "feat/t"}), ("v_only/", {"visual": "feat/v"}), ("t_only/", {"textual": "feat/t"})]
 
 
@@ -79,7 +84,7 @@ def test_bias_is_part_of_the_score():
         model.feature_bias += 0.5
     model.train().eval()
     after = model.full_sort_predict(Interaction({"user_id": torch.tensor([1])}))
-    raw = model._raw(None)
+    raw = torch.cat(model._raw(None), dim=-1)
     torch.testing.assert_close(after - before, 0.5 * raw.sum(-1) + 2.0 * (torch.arange(model.n_items) == 7))
 
 
