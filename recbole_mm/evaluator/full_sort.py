@@ -101,7 +101,9 @@ class _LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, Tensor):
+            if (
+                isinstance(value, Tensor) and value.layout == torch.strided
+            ):  # a sparse graph has no storage and does not grow with the batch
                 self.bytes = max(self.bytes, value.untyped_storage().nbytes())
         return out
 

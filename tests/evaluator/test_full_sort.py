@@ -242,6 +242,18 @@ def test_memory_of_a_row_is_measured(folder):
     assert max(cube.sizes[2:]) <= 3 < max(cube.sizes[:2])  # after the two probes
 
 
+def test_sparse_tensors_on_the_way_do_not_disturb_the_measurement(folder):
+    class Graph(Table):
+        def full_sort_predict(self, interaction):
+            adjacency = torch.eye(len(self.scores)).to_sparse_coo().coalesce() * 1.0
+            return super().full_sort_predict(interaction) + torch.sparse.mm(adjacency, self.scores)[interaction["user_id"]].view(-1)
+
+    config, (train, _, test) = prepared(folder)
+    model, items = Graph(table(train.dataset)), train.dataset.item_num
+    assert bytes_per_row(model, lambda n: test.rows(0, n), test.sample_size, items) == 4 * items
+    assert run(config, test, model).metrics == run(config, test, Table(table(train.dataset))).metrics
+
+
 def test_probing_leaves_the_random_generators_alone(folder):
     class Noisy(Table):
         def full_sort_predict(self, interaction):
