@@ -31,6 +31,7 @@ CHOICES = {
     "missing_modality": ("error", "zero", "mean"),
     "eval_mask": ("all", "train"),
     "stop_on": ("metric", "loss"),
+    "negative_items": ("all", "train"),
     "amp": (None, "bf16", "fp16"),
     "lr_schedule": (None, "step", "exponential", "cosine", "linear"),
 }
@@ -196,6 +197,8 @@ class Config(RecBoleConfig):
     def _load_internal_config_dict(self, model, model_class, dataset):
         super()._load_internal_config_dict(model, model_class, dataset)
         self._defaults = dict(self.internal_config_dict)
+        labeled = (self.internal_config_dict.get("eval_args") or {}).get("mode") == "labeled"  # context-aware models: AUC and LogLoss
+        family = {key: self.internal_config_dict[key] for key in ("metrics", "valid_metric")} if labeled else {}
         folder = properties_dir()
         model_file = (
             Path(self._model_entry.property_file)
@@ -209,6 +212,8 @@ class Config(RecBoleConfig):
                 if path == model_file:
                     per_dataset = (read.pop("per_dataset", None) or {}).get(dataset) or {}
                 self.internal_config_dict.update(read)
+                if path == folder / "overall.yaml":
+                    self.internal_config_dict.update(family)  # our ranking metrics need candidates, which this evaluation has not
         encoder = {**self.internal_config_dict, **per_dataset, **self.external_config_dict}.get("encoder")
         if encoder is not None:
             path = folder / "encoder" / f"{encoder}.yaml"
