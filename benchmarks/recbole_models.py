@@ -151,7 +151,7 @@ def run(name: str, family: str, work: Path, limit: float, plain: bool) -> dict:
                     settings["train_neg_sample_args"] = None  # RecBole wants this said; our Config sees to it
                 command = [sys.executable, "-c", PLAIN, name, DATASET, json.dumps(settings)]
             else:
-                options = [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
+                options = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
                 command = [sys.executable, str(ROOT / "run_recbole_mm.py"), f"--model={name}", f"--dataset={DATASET}", *options]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             left = limit - (time.perf_counter() - start)

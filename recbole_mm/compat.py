@@ -26,7 +26,7 @@ class MissingRecBole(UserError, ImportError):
 
 
 def numpy_aliases(module: types.ModuleType) -> None:
-    """``Config.compatibility_settings`` reads ``np.float_`` and ``np.unicode_``, which NumPy 2.0 removed (RecBole issue 2215).
+    """``Config.compatibility_settings`` reads ``np.float_`` and ``np.unicode_``, which NumPy 2.0 removed (RecBole issues 1604, 2215).
 
     RecBole's other modules read ``np.float`` and its like, which that method puts into NumPy. This sets the same names to the same types;
     names that the installed NumPy has again (``np.bool``, ``np.long``) stay as they are. They are set on import, so that ``Interaction``
@@ -50,7 +50,7 @@ def numpy_aliases(module: types.ModuleType) -> None:
 
 
 def scipy_dok_update(module: types.ModuleType) -> None:
-    """Seven models fill a ``scipy.sparse.dok_matrix`` by its private ``_update``, which SciPy 1.13 removed (RecBole issue 2215).
+    """Seven models fill a ``scipy.sparse.dok_matrix`` by its private ``_update``, which SciPy 1.13 removed (RecBole issue 2034).
 
     They are LightGCN, NGCF, NCL, SpectralCF, GCMC, KGIN and MCCLK. The method stored the entries of a dict unchecked; so does this one.
     """
@@ -254,15 +254,93 @@ def ray_optional():
     has no wheel for Python >= 3.12. While the module is imported, ``ray`` is a stand-in whose ``tune`` imports the real one on first use;
     afterwards ``sys.modules`` is as before, so that other libraries see whether ray is there.
     """
-    before = {name: sys.modules.pop(name) for name in ("ray",) if name in sys.modules}
     stand_in = types.ModuleType("ray", "stand-in while recbole.quick_start is imported")
     stand_in.tune = _Tune()
-    sys.modules["ray"] = stand_in
+    with _module_present("ray", stand_in):
+        yield
+
+
+@contextlib.contextmanager
+def _module_present(name: str, module: types.ModuleType):
+    """Let ``import name`` give `module` for a while; afterwards ``sys.modules`` is as before."""
+    before = sys.modules.get(name)
+    sys.modules[name] = module
     try:
         yield
     finally:
-        del sys.modules["ray"]
-        sys.modules.update(before)
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
+def torch_scatter_functions(module: types.ModuleType) -> None:
+    """KGIN and MCCLK import two functions of torch_scatter, which must be compiled for each version of PyTorch (RecBole issue 1638).
+
+    PyTorch itself has what they need. While the two layers that import them run, ``torch_scatter`` is a module with these functions.
+    """
+    import torch
+
+    def scatter_mean(src, index, dim=0, dim_size=None):
+        """Mean of the rows of `src` [E, D] by `index` [E] -> [dim_size, D]; zero where there are none."""
+        rows = int(index.max()) + 1 if dim_size is None else dim_size
+        count = torch.bincount(index, minlength=rows).clamp(min=1).to(src.dtype)
+        return src.new_zeros(rows, src.shape[1]).index_add(0, index, src) / count[:, None]
+
+    def scatter_softmax(src, index, dim=0):
+        """Softmax of each column of `src` [E, D] within the rows of equal `index` [E] -> [E, D]."""
+        rows = int(index.max()) + 1
+        spread = index[:, None].expand_as(src)
+        largest = src.detach().new_full((rows, src.shape[1]), -torch.inf).scatter_reduce(0, spread, src.detach(), "amax")
+        powers = (src - largest[index]).exp()
+        return powers / powers.new_zeros(rows, src.shape[1]).index_add(0, index, powers)[index]
+
+    stand_in = types.ModuleType("torch_scatter")
+    stand_in.scatter_mean, stand_in.scatter_softmax = scatter_mean, scatter_softmax
+    forward = module.Aggregator.forward
+
+    @functools.wraps(forward)
+    def with_torch_scatter(*args, **kwargs):
+        with _module_present("torch_scatter", stand_in):
+            return forward(*args, **kwargs)
+
+    module.Aggregator.forward = with_torch_scatter
+
+
+def dgl_graph(module: types.ModuleType) -> None:
+    """KGAT builds its first attention matrix with dgl, whose ``adjacency_matrix(scipy_fmt=...)`` is gone since dgl 1.0 (RecBole issue 1978).
+
+    KGAT needs a list of edges with relations, the edges of one relation, and their matrix. While it is constructed, ``dgl`` is a module
+    with that. Rows are sources and columns targets, as in dgl 0.5 to 0.9.
+    """
+    import numpy as np
+    from scipy import sparse
+
+    class Graph:
+        def __init__(self, edges, nodes=None):
+            self.source, self.target = edges
+            self.nodes = nodes or int(max(self.source.max(), self.target.max())) + 1
+            self.edata = {}
+
+        def filter_edges(self, predicate):
+            return predicate(types.SimpleNamespace(data=self.edata)).nonzero().flatten()
+
+        def adjacency_matrix(self, transpose=False, scipy_fmt="coo"):
+            edges = (self.source.numpy(), self.target.numpy())
+            return sparse.coo_matrix((np.ones(len(edges[0])), edges), shape=(self.nodes, self.nodes))
+
+    def edge_subgraph(graph, edges, preserve_nodes=True):
+        return Graph((graph.source[edges], graph.target[edges]), graph.nodes)
+
+    stand_in = types.ModuleType("dgl")
+    stand_in.graph, stand_in.edge_subgraph = Graph, edge_subgraph
+    construct = module.KGAT.__init__
+
+    @functools.wraps(construct)
+    def with_dgl(*args, **kwargs):
+        with _module_present("dgl", stand_in):
+            construct(*args, **kwargs)
+
+    module.KGAT.__init__ = with_dgl
 
 
 # Adaptations by the RecBole module after (or, for context managers, around) whose import they run.
@@ -274,6 +352,9 @@ AFTER_IMPORT: dict[str, tuple[Callable[[types.ModuleType], None], ...]] = {
     "recbole.data.dataset.dataset": (pandas_frames,),
     "recbole.trainer.trainer": (torch_checkpoints,),
     "recbole.quick_start.quick_start": (torch_load_functions,),
+    "recbole.model.knowledge_aware_recommender.kgin": (torch_scatter_functions,),
+    "recbole.model.knowledge_aware_recommender.mcclk": (torch_scatter_functions,),
+    "recbole.model.knowledge_aware_recommender.kgat": (dgl_graph,),
     **{
         f"recbole.model.{module}": (torch_load_functions,)
         for module in (

@@ -65,7 +65,7 @@ def recbole_trainer(folder: Path, model: str, monkeypatch, **settings):
     logging.getLogger().setLevel(logging.ERROR)
     init_seed(config["seed"], True)
     train, valid, test = data_preparation(config, create_dataset(config))
-    net = get_model(model)(config, train.dataset)
+    net = get_model(model)(config, train._dataset)
     return get_trainer(config["MODEL_TYPE"], model)(config, net), train, valid, test
 
 
@@ -81,7 +81,7 @@ def test_numpy_aliases(tmp_path, monkeypatch):
 def test_scipy_dok_update(tmp_path, monkeypatch):
     """LightGCN's propagation matrix, against the formula D^-1/2 A D^-1/2 (RecBole adds 1e-7 to the degrees)."""
     trainer, train, *_ = recbole_trainer(tmp_path, "LightGCN", monkeypatch)
-    r = train.dataset.inter_matrix(form="coo").toarray()
+    r = train._dataset.inter_matrix(form="coo").toarray()
     a = np.block([[np.zeros((len(r), len(r))), r], [r.T, np.zeros((r.shape[1], r.shape[1]))]])
     scale = (a.sum(1) + 1e-7) ** -0.5
     np.testing.assert_allclose(trainer.model.norm_adj_matrix.to_dense().numpy(), scale[:, None] * a * scale, rtol=1e-5)
@@ -166,6 +166,44 @@ def test_plain_other_parameters(tmp_path, monkeypatch):
     assert trainer.evaluate(test, load_best_model=True) == trainer.evaluate(test, load_best_model=False)
 
 
+def test_torch_scatter_functions():
+    """MCCLK's layer averages neighbours, weighted by a softmax over each node's edges; node 2 has none."""
+    from recbole.model.knowledge_aware_recommender.mcclk import Aggregator
+
+    generator = torch.Generator().manual_seed(0)
+    entities, relations = torch.randn(4, 3, generator=generator), torch.randn(2, 3, generator=generator)
+    edges, kinds = torch.tensor([[0, 0, 1, 3, 0], [1, 2, 3, 3, 3]]), torch.tensor([0, 1, 1, 0, 1])
+    layer = Aggregator(item_only=True, attention=True)
+    with torch.no_grad():
+        result = layer(entities, None, relations, edges, kinds, None)
+        weights = layer.calculate_sim_hrt(entities[edges[0]], entities[edges[1]], relations[kinds]).reshape(-1)
+    for node in range(4):
+        mine = (edges[0] == node).nonzero().flatten()
+        messages = entities[edges[1, mine]] * relations[kinds[mine]]
+        expected = (weights[mine].softmax(0)[:, None] * messages).mean(0) if len(mine) else torch.zeros(3)
+        torch.testing.assert_close(result[node], expected)
+    assert "torch_scatter" not in sys.modules
+
+
+def test_dgl_graph(tmp_path, monkeypatch):
+    """KGAT's first attention: for each relation a matrix of rows that sum to one, all added up."""
+    write_dataset(tmp_path / "kg")
+    triples = ["x\tr1\ty", "y\tr1\tz", "x\tr2\tz", "x\tr1\tz", "w\tr2\tv"]
+    (tmp_path / "kg" / "tiny" / "tiny.kg").write_text("head_id:token\trelation_id:token\ttail_id:token\n" + "\n".join(triples) + "\n")
+    (tmp_path / "kg" / "tiny" / "tiny.link").write_text("item_id:token\tentity_id:token\na\tx\nb\ty\nc\tz\nd\tw\ne\tv\n")
+    columns = {"inter": ["user_id", "item_id"], "kg": ["head_id", "relation_id", "tail_id"], "link": ["item_id", "entity_id"]}
+    settings = {"load_col": columns, "data_path": str(tmp_path / "kg")}
+    trainer, train, *_ = recbole_trainer(tmp_path / "unused", "KGAT", monkeypatch, **settings)
+    graph = train._dataset.ckg_graph(form="coo", value_field="relation_id")
+    expected = np.zeros(graph.shape)
+    for relation in set(graph.data):
+        counts = np.zeros(graph.shape)
+        np.add.at(counts, (graph.row[graph.data == relation], graph.col[graph.data == relation]), 1)
+        expected += counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    np.testing.assert_allclose(trainer.model.A_in.to_dense().numpy(), expected, rtol=1e-6)
+    assert "dgl" not in sys.modules and expected.sum() > 0
+
+
 class Harm:
     """Pickles as a call of `function` with `arguments`."""
 
@@ -237,6 +275,8 @@ NEEDED = {  # adaptation -> test that fails without it
     "torch_checkpoints": "test_torch_checkpoints and BPR",
     "torch_load_functions": "test_torch_load_functions or pretraining",
     "plain_other_parameters": "test_plain or ItemKNN",
+    "torch_scatter_functions": "test_torch_scatter",
+    "dgl_graph": "test_dgl",
     "ray_optional": "test_ray_optional",
 }
 
