@@ -186,6 +186,33 @@ class NegativeSampler:
         return self.sample(users, items, num).cpu()
 
 
+class CandidateSampler(NegativeSampler):
+    """A :class:`NegativeSampler` that draws from some items only: it works on their numbers 1 .. C and translates.
+
+    Args:
+        candidates: sorted ids of the C items, without padding.
+        used, counts: as for :class:`NegativeSampler`, in item ids; pairs with other items are left out.
+    """
+
+    def __init__(
+        self, user_num, item_num, candidates: Tensor, used=None, distribution="uniform", alpha=1.0, counts=None, device="cpu", tokens=str
+    ):
+        size = len(candidates) + 1
+        number = torch.zeros(item_num, dtype=torch.int64)
+        number[candidates] = torch.arange(1, size)
+        if used is not None:
+            items = number[used % item_num]
+            used = (used // item_num * size + items)[items > 0]  # still sorted: the numbers keep the order of the ids
+        if counts is not None:
+            counts = torch.cat([counts.new_zeros(1), counts[candidates]])
+        super().__init__(user_num, size, used, distribution, alpha, counts, device, tokens)
+        self._number = number.to(self.device)
+        self._id = torch.cat([candidates.new_zeros(1), candidates]).to(self.device)
+
+    def sample(self, users: Tensor, positives: Tensor, num: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        return self._id[super().sample(users, self._number[positives], num, generator)]
+
+
 def storage_device(config, dataset) -> torch.device:
     """Where the training data of this run are kept.
 
@@ -220,13 +247,15 @@ def build_sampler(config, dataset, built_datasets: Sequence, phase: str = "train
         phases = ("train", "valid", "test").index(phase)
         used = phase_pairs(built_datasets[: phases + 1], train.item_num)[-1]
     alpha = args.get("alpha", 1.0)
-    return NegativeSampler(
-        train.user_num,
-        train.item_num,
-        used,
-        args["distribution"],
-        1.0 if alpha in (None, "none") else float(alpha),
-        counts,
-        storage_device(config, train),
-        tokens=lambda u: train.id2token(train.uid_field, u),
-    )
+    shared = {
+        "used": used,
+        "distribution": args["distribution"],
+        "alpha": 1.0 if alpha in (None, "none") else float(alpha),
+        "counts": counts,
+        "device": storage_device(config, train),
+        "tokens": lambda u: train.id2token(train.uid_field, u),
+    }
+    if config["negative_items"] == "train":
+        items = torch.unique(train.inter_feat[train.iid_field].cpu())
+        return CandidateSampler(train.user_num, train.item_num, items[items > 0], **shared)
+    return NegativeSampler(train.user_num, train.item_num, **shared)

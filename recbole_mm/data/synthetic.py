@@ -293,10 +293,7 @@ def _add_reviews(rng, table, user, item, attributes, group) -> None:
     variant = _pick(rng, 2, (2, len(user)))
     words = np.array([VALUES[a] for a in ATTRIBUTES])
     sentences = np.array(
-        [
-            [[[t.format(word=w, attribute=a) for t in REVIEWS[stars]] for stars in range(1, 6)] for w in VALUES[a]]
-            for a in ATTRIBUTES
-        ]
+        [[[[t.format(word=w, attribute=a) for t in REVIEWS[stars]] for stars in range(1, 6)] for w in VALUES[a]] for a in ATTRIBUTES]
     )
     table["feature_word"] = words[lead, value]
     table["summary"] = np.array([HEADLINES[stars] for stars in range(1, 6)])[rating - 1, variant[0]]
@@ -311,9 +308,7 @@ def _describe_items(rng, tokens, attributes) -> pd.DataFrame:
     number = 100 + _pick(rng, 900, n)
     opener, closer = np.array(OPENERS)[_pick(rng, len(OPENERS), n)], np.array(CLOSERS)[_pick(rng, len(CLOSERS), n)]
     title = [f"{b} {x} {k}" for b, x, k in zip(brand, noun, number)]
-    description = [
-        f"{o} {m} {x} by {b} for {c} days . {z}" for o, m, x, b, c, z in zip(opener, material, noun, brand, occasion, closer)
-    ]
+    description = [f"{o} {m} {x} by {b} for {c} days . {z}" for o, m, x, b, c, z in zip(opener, material, noun, brand, occasion, closer)]
     return pd.DataFrame(
         {
             "item_id": tokens,

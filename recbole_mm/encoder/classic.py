@@ -2,7 +2,8 @@ r"""classic: features that need no downloaded weights, made of word statistics a
 
 Texts: TF-IDF, then truncated SVD (latent semantic analysis: S. Deerwester et al., JASIS 1990). Pictures: a histogram of hues weighted by
 saturation, histograms of brightness, of edge directions on a grid (N. Dalal, B. Triggs, CVPR 2005) and of fine texture, then a projection
-on the principal components of the catalogue, whitened. Both ends are scaled to unit length.
+on the principal components of the catalogue, whitened. Both are scaled to length :math:`\sqrt F` (a column then has about unit variance):
+beside id embeddings trained by the same optimizer, rows of unit length would hardly be learned from.
 
 Shapes: B batch, D width of the raw picture description, F width of a feature.
 """
@@ -121,9 +122,10 @@ class ClassicEncoder(Encoder):
     def encode(self, images: Tensor | None = None, texts: Tensor | None = None) -> dict[str, Tensor]:
         out = {}
         if texts is not None:
-            out["textual"] = functional.normalize(texts, dim=-1)
+            out["textual"] = functional.normalize(texts, dim=-1) * texts.shape[-1] ** 0.5
         if images is not None:
-            out["visual"] = functional.normalize((images.double() - self._mean) @ self._project, dim=-1).float()
+            rows = (images.double() - self._mean) @ self._project
+            out["visual"] = (functional.normalize(rows, dim=-1) * rows.shape[-1] ** 0.5).float()
         return out
 
     def fingerprint(self) -> dict:

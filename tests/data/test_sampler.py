@@ -163,3 +163,23 @@ def test_frequencies_are_recboles(folder, distribution, alpha, repeatable):
 
 def test_no_negatives_no_sampler(folder):
     assert build_sampler(*parts(folder, model="SASRec", train_neg_sample_args=None)) is None
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "popularity"])
+def test_negatives_of_the_training_items_only(distribution):
+    """Only candidates are drawn, never a used one, with the same frequencies as a sampler that knows no other items."""
+    from recbole_mm.data.sampler import CandidateSampler, NegativeSampler, pair_keys
+
+    users, items = torch.tensor([1, 1, 2, 3]), torch.tensor([2, 5, 5, 9])
+    candidates = torch.tensor([2, 4, 5, 7, 9])
+    used = pair_keys(users, torch.cat([items[:3], torch.tensor([8])]), 12)  # item 8 is no candidate
+    counts = torch.tensor([0, 9, 1, 9, 2, 3, 9, 4, 9, 5, 9, 9])
+    sampler = CandidateSampler(4, 12, candidates, used, distribution, 1.0, counts)
+    plain = NegativeSampler(4, 6, pair_keys(users[:3], torch.tensor([1, 3, 3]), 6), distribution, 1.0, torch.tensor([0, 1, 2, 3, 4, 5]))
+    who = torch.tensor([1, 2, 3]).repeat(4000)
+    torch.manual_seed(0)
+    drawn = sampler.sample(who, torch.full_like(who, 2))
+    torch.manual_seed(0)
+    expected = plain.sample(who, torch.full_like(who, 1))
+    assert torch.equal(drawn, torch.tensor([0, 2, 4, 5, 7, 9])[expected])
+    assert set(drawn[who == 1].tolist()) == {4, 7, 9} and set(drawn[who == 3].tolist()) == {2, 4, 5, 7, 9}
