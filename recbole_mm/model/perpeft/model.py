@@ -29,13 +29,13 @@ from recbole_mm.data.group_sampler import GroupSampler
 from recbole_mm.data.sampler import pair_keys
 from recbole_mm.data.user_sequence import UserSequenceDataset
 from recbole_mm.encoder.clip import TransformersNetwork
+from recbole_mm.encoder.extract import choose_precision
 from recbole_mm.errors import UserError
 from recbole_mm.model.perpeft.encoder import CLIPItems, FrozenEncoder, IISANEncoder, PeftEncoder, spread_layers
 from recbole_mm.model.perpeft.network import GroupedSASRec, left_padded
 from recbole_mm.trainer.perpeft import PerPEFTTrainer
 
 SCOPES = ("none", "global", "personalized")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PerPEFTSASRec(SequentialRecommender):
@@ -60,6 +60,7 @@ class PerPEFTSASRec(SequentialRecommender):
             raise UserError(f"n_groups: expected a whole number of at least 1, got {config['n_groups']!r}.")
         self.global_epochs = config["global_epochs"] if self.personalized else 0
         self.group_negatives = config["group_negatives"]
+        self.negative_items = config["negative_items"]
         self.group_min_items = config["group_min_items"]
         self.group_with_valid = config["group_with_valid"]
         self.seed = config["seed"]
@@ -189,7 +190,10 @@ class PerPEFTSASRec(SequentialRecommender):
     def sample_negatives(self, users: Tensor, number: int) -> Tensor:
         """`number` negatives for each user, [B, number]: of the user's group, or of the whole catalogue."""
         if self._negatives is None:
-            groups = self.user_group if self.group_negatives and self.n_groups > 1 and bool(self.grouped) else None
+            if self.group_negatives and self.n_groups > 1 and bool(self.grouped):
+                groups = self.user_group
+            else:  # one group for all has what occurs in training as its pool
+                groups = torch.zeros_like(self.user_group) if self.negative_items == "train" else None
             tokens = lambda user: self.dataset.id2token(self.dataset.uid_field, user)  # noqa: E731
             self._negatives = GroupSampler(self.pairs, self.n_users, self.n_items, groups, self.device, tokens)
         return self._negatives.sample(users, number)
@@ -242,22 +246,12 @@ class PerPEFTSASRec(SequentialRecommender):
         return scores.gather(1, interaction[self.ITEM_ID][:, None]).squeeze(1)
 
 
-def encoder_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen weights: as chosen, or (auto) bfloat16 where the device multiplies such matrices in hardware."""
-    if choice != "auto":
-        if choice not in DTYPES:
-            raise UserError(f"encoder_dtype: expected auto, {' or '.join(DTYPES)}, got {choice!r}.")
-        return DTYPES[choice]
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
 def build_items(config, dataset, device: torch.device) -> CLIPItems:
     """The frozen CLIP of the settings, with the pictures and texts of the data set: decoded and tokenised once."""
-    if config["encoder"] is not None or config["encoder_library"] != "transformers":
+    if config["encoder_library"] != "transformers":
         raise UserError(
-            "PerPEFTSASRec puts its adapters into a CLIPModel of transformers that it loads itself. Leave encoder and encoder_library at "
-            "their defaults and name the CLIP by encoder_model and pretrained."
+            f"PerPEFTSASRec puts adapters into a CLIPModel of transformers that it loads itself; got encoder_library: {config['encoder_library']!r}. "
+            "Leave encoder at null, and name the CLIP by encoder_model and pretrained."
         )
     content = dataset.content
     if not (content.has_images and content.has_texts):
@@ -269,12 +263,13 @@ def build_items(config, dataset, device: torch.device) -> CLIPItems:
     keys = ("encoder_model", "pretrained", "encoder_sizes", "encoder_image_size")
     network = TransformersNetwork({key: config[key] for key in keys})
     length = min(config["encoder_text_length"] or network.context, network.context)
-    tokens = network.tokenizer(content.texts(range(dataset.item_num)), context_length=length)
+    tokens = network.tokenizer(["", *content.texts(range(1, dataset.item_num))], context_length=length)
+    precision = choose_precision(network, config["encoder_precision"], device)
     items = CLIPItems(
         network,
-        lambda ids: content.image_tensor(ids, network.transform),
+        lambda ids: torch.as_tensor(content.image_tensor(ids.tolist(), network.transform)),
         tokens,
-        encoder_dtype(config["encoder_dtype"], device),
+        torch.bfloat16 if precision == "bf16" else torch.float32,
         config["encoder_chunk"],
     )
     return items.to(device)
