@@ -53,11 +53,12 @@ class MultimodalMixin:
     def __init__(self, config):
         self._shared = _Shared()
         self._check_files(config)
-        super().__init__(config)
-        if not self.inter_num:
-            raise UserError(
-                f"The dataset {config['dataset']!r} has no interactions left (files in {config['data_path']}, filters in its property file)."
-            )
+        try:
+            super().__init__(config)
+        except ValueError as error:  # RecBole's own word on columns, types and filters
+            raise (
+                error if isinstance(error, UserError) else UserError(f"The dataset {config['dataset']!r} in {config['data_path']}: {error}")
+            ) from None
 
     @staticmethod
     def _check_files(config) -> None:

@@ -217,7 +217,7 @@ def _encode(encoder, modality: str, pictures, texts, device) -> tuple[Tensor, di
     return rows, broken
 
 
-def extract(config, folder: Path | None = None, *, progress: bool = True, overwrite: bool = False) -> Path:
+def extract(config, folder: Path | None = None, *, progress: bool = True, overwrite: bool = False, every_modality: bool = False) -> Path:
     """Encode the pictures and texts of a dataset with the encoder of `config` and write the feature set.
 
     Args:
@@ -225,6 +225,7 @@ def extract(config, folder: Path | None = None, *, progress: bool = True, overwr
         folder: where the set goes; by default where the run looks for it.
         progress: show a bar with rate and remaining time.
         overwrite: make it again where a whole one exists.
+        every_modality: all that the encoder gives and the dataset has, whatever ``modalities`` selects.
 
     Returns:
         the folder of the set.
@@ -252,11 +253,12 @@ def extract(config, folder: Path | None = None, *, progress: bool = True, overwr
     encoder.fit(content)
     there = {"visual": content.has_images, "textual": content.has_texts}
     able = [m for m in encoder.modalities if all(there.values()) or there.get(m, False)]
-    wanted = [m for m in config["modalities"] or able if m in encoder.modalities]
+    chosen = None if every_modality else config["modalities"]
+    wanted = [m for m in chosen or able if m in encoder.modalities]
     lacking = [m for m in wanted if m not in able]
     if lacking or not wanted:
         raise UserError(
-            f"{name} cannot encode {', '.join(lacking or config['modalities'] or encoder.modalities)} of {config['dataset']!r}: the dataset has {' and '.join(k for k, v in (('pictures', there['visual']), ('texts', there['textual'])) if v)}, the encoder gives {', '.join(encoder.modalities)}."
+            f"{name} cannot encode {', '.join(lacking or chosen or encoder.modalities)} of {config['dataset']!r}: the dataset has {' and '.join(k for k, v in (('pictures', there['visual']), ('texts', there['textual'])) if v)}, the encoder gives {', '.join(encoder.modalities)}."
         )
     encoder.to(device).eval()
     precision = choose_precision(encoder, config["encoder_precision"], device)
@@ -412,7 +414,7 @@ def ensure_features(config) -> None:
         return
     folder = set_folder(config)
     if not feature_files(folder):
-        extract(config, folder, progress=bool(config["show_progress"]))
+        extract(config, folder, progress=bool(config["show_progress"]), every_modality=True)
     elif set_name(config) == config["encoder"]:
         check_same(folder, shaping_settings(config))
 
