@@ -71,6 +71,9 @@ class CLIPEncoder(TrainableEncoder):
         texts = trim(texts, self.network.end_token)
         return self.network.image(images.to(self.weight_dtype), "projected"), self.network.text(texts, "projected")
 
+    def is_word(self, ids: Tensor) -> Tensor:
+        return (ids > 0) & (ids < self.network.tokenizer.all_special_ids[0])
+
     def towers(self) -> list[list[nn.Module]]:
         return self.network.towers()
 

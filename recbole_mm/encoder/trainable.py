@@ -12,7 +12,7 @@ from recbole_mm.encoder.image import ImageTransform
 from recbole_mm.errors import UserError
 
 FEATURES = ("cls", "raw", "projected")
-#: what a setting may be left out as; the property files hold the same values with their meaning
+#: parts of parameter names that weight decay leaves alone
 NO_DECAY = ("bias", "norm", "ln_", "logit_scale", "logit_vl_scale", "gamma_", "cls_token", "class_embedding", "position", "pos_embed")
 
 
@@ -57,6 +57,13 @@ class TrainableEncoder(Encoder):
     def pair_features(self, images: Tensor, texts) -> tuple[Tensor, Tensor]:
         """Unit vectors of the joint space, pictures and texts, [B, E] each; what a contrastive loss compares."""
         raise UserError(f"{self.name} has no joint space of pictures and texts; `finetune` works with clip and vlmo.")
+
+    #: id that stands for a word left out of a text in training
+    blank = 0
+
+    def is_word(self, ids: Tensor) -> Tensor:
+        """Marks the ids that are word pieces, neither special nor padding."""
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Write the weights so that `pretrained: <folder>` loads them."""

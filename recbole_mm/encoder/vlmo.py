@@ -122,6 +122,13 @@ class VLMoEncoder(TrainableEncoder):
         text = self.network.text(texts, (texts != self.pieces.pad).long())["cls_feats"]
         return self.network.image(images.to(self.weight_dtype))["cls_feats"], text
 
+    @property
+    def blank(self) -> int:
+        return self.pieces.mask
+
+    def is_word(self, ids: Tensor) -> Tensor:
+        return (ids != self.pieces.pad) & (ids != self.pieces.cls) & (ids != self.pieces.sep)
+
     def towers(self) -> list[list[nn.Module]]:
         network = self.network
         stem = nn.Module()  # a view on what precedes the first block, only to list its parameters

@@ -1,8 +1,9 @@
 """Rows of a feature table that carry gradient, without a copy of the table and without a gradient of its size.
 
 In end-to-end training a step encodes the items of its batch; all other rows of the table are constants. :class:`LiveTable` looks like the
-table to a model. Indexing and linear maps of it send gradient to the fresh rows alone; any other operation sees an ordinary tensor whose
-gradient is computed whole and then reduced to the fresh rows.
+table to a model. Indexing and linear maps of it send gradient to the fresh rows alone, and scaling rows to unit length or leaving out the
+padding row gives a table of the same kind; any other operation sees an ordinary tensor whose gradient is computed whole and then reduced
+to the fresh rows.
 """
 
 import torch
@@ -77,35 +78,72 @@ class LiveTable(torch.Tensor):
         """An ordinary tensor with gradient."""
         return _Whole.apply(self.fresh, self.table, self.rows)
 
+    def pick(self, index: Tensor) -> Tensor:
+        """Rows by number, of any shape."""
+        return _Rows.apply(self.fresh, self.table, self.rows, index)
+
+    def times(self, weight: Tensor) -> Tensor:
+        """Product with an ordinary matrix [F, d]."""
+        return _Linear.apply(self.fresh, self.table, self.rows, weight)
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, LiveTable) and torch.is_grad_enabled():
-            if func is torch.Tensor.__getitem__ and is_index(args[1]):
-                return _Rows.apply(first.fresh, first.table, first.rows, args[1])
-            if func in (F.linear, torch.nn.functional.linear) and not isinstance(args[1], LiveTable):
-                bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                out = _Linear.apply(first.fresh, first.table, first.rows, args[1].t())
-                return out if bias is None else out + bias
-            if func in MATMUL and len(args) == 2 and type(args[1]) is not LiveTable and args[1].dim() == 2:
-                return _Linear.apply(first.fresh, first.table, first.rows, args[1])
-            if func is torch.index_select or func is torch.Tensor.index_select:
-                if args[1] == 0:
-                    return _Rows.apply(first.fresh, first.table, first.rows, args[2])
-        if func is F.embedding and isinstance(args[1], LiveTable) and torch.is_grad_enabled():
-            live = args[1]
-            return _Rows.apply(live.fresh, live.table, live.rows, first)
+        if torch.is_grad_enabled():
+            if isinstance(first, LiveTable) and (sparse := _SPARSE.get(func)):
+                out = sparse(first, *args[1:], **kwargs)
+                if out is not None:
+                    return out
+            if func is F.embedding and isinstance(args[1], LiveTable):
+                return args[1].pick(first)
+            if func is torch.addmm and isinstance(args[1], LiveTable) and not kwargs:
+                return args[1].times(args[2]) + first
         plain = tree_map(lambda x: expand(x) if isinstance(x, LiveTable) else x, (args, kwargs))
         return func(*plain[0], **plain[1])
 
 
-MATMUL = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
+def _getitem(live: LiveTable, index):
+    if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32):
+        return live.pick(index)
+    if isinstance(index, slice) and index.stop is None and index.step in (None, 1) and index.start in (0, 1):
+        return LiveTable(live.table[index], live.rows - index.start, live.fresh)  # row 0 is padding and never fresh
+    return None
 
 
-def is_index(index) -> bool:
-    """Whether `index` is a tensor of row numbers."""
-    return isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+def _index_select(live: LiveTable, dim: int, index: Tensor):
+    return live.pick(index) if dim == 0 else None
+
+
+def _matmul(live: LiveTable, weight):
+    ordinary = isinstance(weight, Tensor) and not isinstance(weight, LiveTable)
+    return live.times(weight) if ordinary and weight.dim() == 2 else None
+
+
+def _linear(live: LiveTable, weight: Tensor, bias: Tensor | None = None):
+    out = live.times(weight.t())
+    return out if bias is None else out + bias
+
+
+def _normalize(live: LiveTable, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out=None):
+    if out is not None or dim not in (1, -1):
+        return None
+    return LiveTable(F.normalize(live.table, p, dim, eps), live.rows, F.normalize(live.fresh, p, dim, eps))
+
+
+#: operations on a table that have a form without a gradient of its size; they return None for arguments that have none
+_SPARSE = {
+    torch.Tensor.__getitem__: _getitem,
+    torch.index_select: _index_select,
+    torch.Tensor.index_select: _index_select,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.mm: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    F.linear: _linear,
+    F.normalize: _normalize,
+}
 
 
 def expand(live: LiveTable) -> Tensor:

@@ -40,7 +40,6 @@ class Catalogue:
         self.pixels = draw.integers(0, 60, (items + 1, edge, edge, 3)).astype(np.uint8)
         for i in range(items + 1):
             self.pixels[i, :, :, i % 3] += 150
-        self.reads = 0
 
     def text(self, i: int) -> str:
         return "" if i in self.without_text else f"{WORDS[i % 3]} {WORDS[3 + i % 2]} {WORDS[6 + i % 3]}"
@@ -52,8 +51,10 @@ class Catalogue:
         return None if i in self.without_picture else f"{self.tokens[i]}.png"
 
     def image(self, i: int) -> Image.Image:
-        self.reads += 1
         return Image.fromarray(self.pixels[int(i)])
+
+    def image_tensor(self, items, transform) -> torch.Tensor:
+        return torch.stack([transform.resize(self.image(i)) for i in items])
 
 
 def quiet(function, *args, **kwargs):
