@@ -70,5 +70,5 @@ setup(
         ],  # RecBole's NCL, LDiffRec, LightGBM, XGBoost
         "docs": ["mkdocs-material>=9.5"],
     },
-    entry_points={"console_scripts": ["recbole-mm = recbole_mm.cli:main"]},
+    entry_points={"console_scripts": ["recbole-mm = recbole_mm.cli:entry"]},
 )
