@@ -39,7 +39,7 @@ FAMILIES = {
 INTERACTION = ["user_id", "item_id", "rating", "timestamp"]
 SETTINGS = {  # RecBole has settings of these families for the name "ml-100k" only; ours are the same
     "general": {},
-    "sequential": {"load_col": {"inter": INTERACTION}},
+    "sequential": {"load_col": {"inter": INTERACTION}, "MAX_ITEM_LIST_LENGTH": 20},
     "context-aware": {
         "threshold": {"rating": 4},
         "load_col": {
@@ -127,13 +127,14 @@ print("TEST " + json.dumps({k: float(v) for k, v in (result["test_result"] or {}
 """
 
 
-def stages(name: str, checkpoints: Path) -> list[dict]:
-    """Return the settings of the runs that make one training of `name`; most models need one run, some have stages that load the last
-    one's file."""
-    if name == "S3Rec":
-        pretrained = {"train_stage": "pretrain", "pretrain_epochs": 1, "save_step": 1}
-        return [pretrained, {"train_stage": "finetune", "pre_model_path": str(checkpoints / f"{name}-{DATASET}-1.pth")}]
-    return [{}]
+STAGES = {  # models that are trained in stages: settings of each, and the setting that takes the file of the stage before
+    "S3Rec": ([{"train_stage": "pretrain", "pretrain_epochs": 1, "save_step": 1}, {"train_stage": "finetune"}], "pre_model_path"),
+    "RaCT": (
+        [{"train_stage": stage, "pretrain_epochs": 1, "save_step": 1} for stage in ("actor_pretrain", "critic_pretrain", "finetune")],
+        "pre_model_path",
+    ),
+    "KD_DAGFM": ([{"phase": phase} for phase in ("teacher_training", "distillation", "finetuning")], "warm_up"),
+}
 
 
 def run(name: str, family: str, work: Path, limit: float, plain: bool) -> dict:
@@ -144,8 +145,12 @@ def run(name: str, family: str, work: Path, limit: float, plain: bool) -> dict:
     shared = {"data_path": str(work / "data"), "epochs": 1, "show_progress": False, "checkpoint_dir": str(checkpoints), "seed": 2026}
     start, result = time.perf_counter(), {"model": name, "family": family}
     with open(log, "w", encoding="utf-8") as stream:
-        for stage in stages(name, checkpoints):
+        stages, takes = STAGES.get(name, ([{}], None))
+        for number, stage in enumerate(stages):
             settings = {**shared, **SETTINGS[family], **MODEL_SETTINGS.get(name, {}), **stage}
+            if number:
+                saved = [path for pattern in ("*.pth", "best.pt") for path in checkpoints.rglob(pattern)]
+                settings[takes] = str(max(saved, key=lambda path: path.stat().st_mtime))
             if plain:
                 if family == "sequential" and re.search("^loss_type: 'CE'", recbole_properties(name), re.MULTILINE):
                     settings["train_neg_sample_args"] = None  # RecBole wants this said; our Config sees to it
@@ -153,7 +158,7 @@ def run(name: str, family: str, work: Path, limit: float, plain: bool) -> dict:
             else:
                 options = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
                 command = [sys.executable, str(ROOT / "run_recbole_mm.py"), f"--model={name}", f"--dataset={DATASET}", *options]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
             left = limit - (time.perf_counter() - start)
             try:
                 done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, timeout=left, cwd=work, env=environment)
@@ -176,7 +181,7 @@ def table(results: list[dict]) -> str:
     lines = [
         "# RecBole's models, run by recbole_mm",
         "",
-        "One epoch on 10,284 interactions of ml-100k, 120 s limit each, with validation and test;",
+        "One epoch on 10,284 interactions of ml-100k, 120 s limit each, with validation and test, sequences of 20 items;",
         f"Python {platform.python_version()}, {versions}. Made by `python benchmarks/recbole_models.py`.",
         "",
         "| family | models | passed | failed | timed out |",

@@ -15,6 +15,7 @@ import pickle
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 from recbole_mm.errors import UserError
 
@@ -47,6 +48,22 @@ def numpy_aliases(module: types.ModuleType) -> None:
     compatibility_settings()
     if hasattr(module, "Config"):
         module.Config.compatibility_settings = compatibility_settings
+
+
+def property_files_in_lower_case(module: types.ModuleType) -> None:
+    """XGBoost and LightGBM have their defaults in ``xgboost.yaml`` and ``lightgbm.yaml``, which are not found where case matters in file names.
+
+    RecBole looks for ``<model>.yaml``. Where that is missing, the file in lower case is read.
+    """
+    folder = Path(module.__file__).parent.parent / "properties" / "model"
+    original = module.Config._load_internal_config_dict
+
+    @functools.wraps(original)
+    def load_internal_config_dict(self, model, model_class, dataset):
+        exact, lower = ((folder / f"{name}.yaml").is_file() for name in (model, model.lower()))
+        original(self, model.lower() if lower and not exact else model, model_class, dataset)
+
+    module.Config._load_internal_config_dict = load_internal_config_dict
 
 
 def scipy_dok_update(module: types.ModuleType) -> None:
@@ -346,7 +363,7 @@ def dgl_graph(module: types.ModuleType) -> None:
 # Adaptations by the RecBole module after (or, for context managers, around) whose import they run.
 AFTER_IMPORT: dict[str, tuple[Callable[[types.ModuleType], None], ...]] = {
     "recbole.data.interaction": (numpy_aliases,),
-    "recbole.config.configurator": (numpy_aliases,),
+    "recbole.config.configurator": (numpy_aliases, property_files_in_lower_case),
     "recbole.evaluator.metrics": (numpy_aliases,),
     "recbole.model.abstract_recommender": (scipy_dok_update, plain_other_parameters),
     "recbole.data.dataset.dataset": (pandas_frames,),

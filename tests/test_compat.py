@@ -78,6 +78,16 @@ def test_numpy_aliases(tmp_path, monkeypatch):
     assert (np.float, np.int, np.object, np.str, np.unicode) == (np.float64, np.int_, np.object_, np.str_, np.str_)
 
 
+def test_property_files_in_lower_case(monkeypatch):
+    """XGBoost gets its defaults; the model is a stand-in, so that the package is not needed."""
+    from recbole.config import Config
+    from recbole.utils import InputType, ModelType
+
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    stand_in = type("XGBoost", (), {"type": ModelType.DECISIONTREE, "input_type": InputType.POINTWISE})
+    assert Config(model=stand_in, dataset="tiny")["xgb_params"]["max_depth"] == 3
+
+
 def test_scipy_dok_update(tmp_path, monkeypatch):
     """LightGCN's propagation matrix, against the formula D^-1/2 A D^-1/2 (RecBole adds 1e-7 to the degrees)."""
     trainer, train, *_ = recbole_trainer(tmp_path, "LightGCN", monkeypatch)
@@ -270,6 +280,7 @@ def test_apply_is_idempotent_and_import_is_light():
 
 NEEDED = {  # adaptation -> test that fails without it
     "numpy_aliases": "test_numpy_aliases",
+    "property_files_in_lower_case": "test_property",
     "scipy_dok_update": "test_scipy_dok_update",
     "pandas_frames": "test_pandas_frames",
     "torch_checkpoints": "test_torch_checkpoints and BPR",

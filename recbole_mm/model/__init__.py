@@ -102,7 +102,9 @@ def recbole_model_names() -> dict[str, str]:
     ):
         kind = package.replace("_recommender", "").replace("_", "-").replace("exlib", "decision-tree")
         for module in pkgutil.iter_modules([str(Path(spec.origin).parent / package)]):
-            names[proper.get(module.name, _class_named(Path(spec.origin).parent / package / f"{module.name}.py", module.name))] = kind
+            source = Path(spec.origin).parent / package / f"{module.name}.py"
+            stem = proper.get(module.name, module.name)  # xgboost.yaml belongs to the class XGBoost: a name in lower case says nothing
+            names[stem if stem != module.name else _class_named(source, module.name)] = kind
     return names
 
 

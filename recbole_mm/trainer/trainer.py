@@ -380,4 +380,11 @@ def trainer_class_for(model_class: type, config) -> type:
         return Trainer
     if not issubclass(theirs, RecBoleTrainer):
         return theirs
-    return type(theirs.__name__, (theirs, Trainer), {})
+    members = {"save_pretrained_model": _save_pretrained_model} if issubclass(theirs, recbole_trainer.PretrainTrainer) else {}
+    return type(theirs.__name__, (theirs, Trainer), members)
+
+
+def _save_pretrained_model(self, epoch: int, saved_model_file: str) -> None:
+    """What a pre-training stage (S3Rec, RaCT) leaves for the next one: a checkpoint of ours in place of RecBole's pickle."""
+    checkpoint.save(saved_model_file, self._state(epoch))
+    self.saved_model_file = saved_model_file
