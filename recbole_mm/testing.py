@@ -133,7 +133,16 @@ def total_loss(losses: Tensor | tuple[Tensor, ...]) -> Tensor:
     return sum(losses) if isinstance(losses, tuple) else losses
 
 
-def fit(model, world: TwoTastes, steps: int = 100, seed: int = 0, learning_rate: float = 0.01, batch_size: int = 256, weight_decay=0.0, **settings):
+def fit(
+    model,
+    world: TwoTastes,
+    steps: int = 100,
+    seed: int = 0,
+    learning_rate: float = 0.01,
+    batch_size: int = 256,
+    weight_decay=0.0,
+    **settings,
+):
     """Train `model` (a name or class) on `world` with plain Adam for `steps` batches, and return it in evaluation mode."""
     model = world.model(model, seed, **settings)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
