@@ -1,5 +1,6 @@
 """run(): settings -> dataset -> loaders -> model -> trainer -> result; load_model(): a finished run, ready to use."""
 
+import json
 import logging
 import time
 import warnings
@@ -91,7 +92,7 @@ def read_settings(run_dir: str | Path) -> dict[str, Any]:
 
 
 def run(
-    model=None, dataset=None, config_file_list=None, config_dict=None, arguments=None, saved=True, resume=None, callback=None
+    model=None, dataset=None, config_file_list=None, config_dict=None, arguments=None, saved=True, resume=None, callback=None, test=True
 ) -> dict[str, Any]:
     """Train and test one model.
 
@@ -100,6 +101,7 @@ def run(
         saved: keep checkpoints; without them the test uses the weights of the last epoch.
         resume: run directory of a run that was interrupted; its settings count, all others must be absent.
         callback: called as ``callback(epoch, validation score)`` after each evaluation.
+        test: evaluate on the test part too; a search does so once, for the winner (:func:`test_run`).
 
     Returns:
         dict with ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``, ``run_dir`` and ``record`` (what
@@ -130,7 +132,7 @@ def run(
     with run_log(run_dir / "run.log", config["state"]):
         write_result(run_dir, record)
         try:
-            return _run(config, run_dir, record, begin, saved, resume is not None, callback)
+            return _run(config, run_dir, record, begin, saved, resume is not None, callback, test)
         except BaseException as error:
             record["status"] = "failed"
             record["error"] = f"{type(error).__name__}: {error}"
@@ -140,7 +142,7 @@ def run(
             raise
 
 
-def _run(config, run_dir, record, begin, saved, resuming, callback) -> dict[str, Any]:
+def _run(config, run_dir, record, begin, saved, resuming, callback, test) -> dict[str, Any]:
     logger = logging.getLogger()
     logger.info(f"Run directory: {run_dir}")
     dataset, train_data, valid_data, test_data = _prepare(config)
@@ -175,9 +177,9 @@ def _run(config, run_dir, record, begin, saved, resuming, callback) -> dict[str,
     best_score, best_result = trainer.fit(
         train_data, valid_data, saved=saved, show_progress=config["show_progress"], **({"callback_fn": callback} if callback else {})
     )
-    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
+    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"]) if test else None
 
-    outcome = getattr(trainer, "last_evaluation", None)
+    outcome = getattr(trainer, "last_evaluation", None) if test else None
     history = getattr(trainer, "history", [])
     scored = [entry for entry in history if entry.get("valid_score") is not None]
     best = [entry for entry in scored if entry["valid_score"] == best_score]
@@ -193,11 +195,8 @@ def _run(config, run_dir, record, begin, saved, resuming, callback) -> dict[str,
         best_epoch=best[-1]["epoch"] if best else None,
         best_valid_score=float(best_score) if scored else None,
         valid=plain_metrics(best_result),
-        test=plain_metrics(test_result),
-        test_groups={name: plain_metrics(values) for name, values in outcome.groups.items()} if outcome is not None else {},
+        **_test_part(run_dir, test_result, outcome),
     )
-    if outcome is not None and outcome.per_user is not None:
-        write_per_user(run_dir, outcome.per_user.arrays())
     extra = getattr(trainer, "extra_results", None)  # what a model's own trainer has to report: groups, texts, phases
     if extra:
         record["extra"] = extra
@@ -212,6 +211,30 @@ def _run(config, run_dir, record, begin, saved, resuming, callback) -> dict[str,
         "run_dir": str(run_dir),
         "record": record,
     }
+
+
+def _test_part(run_dir: Path, test_result, outcome) -> dict[str, Any]:
+    """What the record says about the test; per-user values go to their file."""
+    if outcome is not None and outcome.per_user is not None:
+        write_per_user(run_dir, outcome.per_user.arrays())
+    groups = {name: plain_metrics(values) for name, values in outcome.groups.items()} if outcome is not None else {}
+    return {"test": plain_metrics(test_result), "test_groups": groups}
+
+
+def test_run(run_dir: str | Path) -> dict[str, Any]:
+    """Evaluate the best weights of a finished run on the test part and add that to its result.json; return the record."""
+    run_dir = Path(run_dir)
+    config, model, _, train_data, _, test_data = load_model(run_dir)
+    trainer = trainer_class_for(type(model), config)(config, model)
+    trainer.eval_collector.data_collect(train_data)
+    result = trainer.evaluate(test_data, load_best_model=False, show_progress=config["show_progress"])
+    record = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    record.update(_test_part(run_dir, result, getattr(trainer, "last_evaluation", None)))
+    write_result(run_dir, record)
+    return record
+
+
+test_run.__test__ = False  # not a test, although pytest would take it for one by its name
 
 
 def load_model(run_dir: str | Path) -> LoadedRun:

@@ -1,0 +1,294 @@
+"""Hyperparameter search: Optuna draws, our run() trains; selection on validation, the test once, for the winner.
+
+A study lives in a storage that several processes and machines may share. Exhaustive search puts every grid point into the storage as a
+waiting trial when the study is made; a process takes one by a single update of the database, so no point is run twice. A trial whose
+process died is noticed by its missing heartbeat and put back.
+"""
+
+import csv
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.trial import TrialState
+
+from recbole_mm.config import Config
+from recbole_mm.errors import UserError, nearest
+from recbole_mm.files import write_json, write_text
+from recbole_mm.quick_start import run, test_run
+from recbole_mm.tuning.space import Parameter, grid_points
+
+STRATEGIES = ("grid", "random", "tpe")
+RECBOLE_NAMES = {"exhaustive": "grid", "bayes": "tpe"}  # what RecBole's HyperTuning calls them
+PRUNERS = ("none", "median", "hyperband")
+_HEARTBEAT = 30  # seconds
+
+
+class Search:
+    """One search.
+
+    Args:
+        model, dataset: names.
+        space: what to vary.
+        folder: where the study, the trials and the result go.
+        strategy: grid, random or tpe.
+        trials: how many, defaults included; None: the whole grid, 20 otherwise.
+        pruner: none, median or hyperband; they stop a trial that falls behind on validation.
+        storage: an Optuna storage URL (``sqlite:///...``, ``postgresql://...``, ``journal:file``); None: SQLite in `folder`.
+        settings: further settings of every trial.
+        config_files: YAML files of every trial.
+        seed: of the sampler; each trial trains with the run's own ``seed``.
+        heartbeat: seconds between signs of life of a running trial.
+
+    Raises:
+        UserError: for an unknown strategy, pruner or parameter.
+    """
+
+    def __init__(
+        self, model: str, dataset: str, space: list[Parameter], folder: str | Path, strategy: str = "tpe", trials: int | None = None,
+        pruner: str = "median", storage: str | None = None, settings: dict[str, Any] | None = None, config_files: list[str] | None = None,
+        seed: int = 0, heartbeat: int = _HEARTBEAT,
+    ):  # fmt: skip
+        strategy = RECBOLE_NAMES.get(strategy, strategy)
+        if strategy not in STRATEGIES:
+            raise UserError(f"--strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}.{nearest(strategy, STRATEGIES)}")
+        if pruner not in PRUNERS:
+            raise UserError(f"--pruner: expected one of {', '.join(PRUNERS)}, got {pruner!r}.{nearest(pruner, PRUNERS)}")
+        if trials is not None and trials < 1:
+            raise UserError(f"--trials: expected at least 1, got {trials}.")
+        self.space, self.strategy, self.seed = space, strategy, seed
+        self.settings, self.config_files = dict(settings or {}), config_files
+        self.folder = Path(folder)
+        config = self._config({})  # a typo must stop the search, not each of its trials
+        self.model, self.dataset = config["model"], config["dataset"]
+        self.bigger = bool(config["valid_metric_bigger"]) and config["stop_on"] == "metric"
+        self.metric = config["valid_metric"] if config["stop_on"] == "metric" else "validation loss"
+        self._config({p.name: (p.choices[0] if p.choices else p.low if not p.whole else int(p.low)) for p in space})
+        points = list(grid_points(space)) if strategy == "grid" else None
+        self.trials = trials or (len(points) + 1 if points is not None else 20)
+        self.points = points
+        self.study = self._open(storage, pruner, heartbeat)
+
+    def _config(self, values: dict[str, Any]) -> Config:
+        return Config(config_file_list=self.config_files, config_dict={**self.settings, **values})
+
+    def _open(self, url: str | None, pruner: str, heartbeat: int) -> optuna.Study:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        storage = open_storage(url or f"sqlite:///{self.folder / 'study.db'}", heartbeat)
+        sampler = optuna.samplers.TPESampler(seed=self.seed) if self.strategy == "tpe" else optuna.samplers.RandomSampler(seed=self.seed)
+        made = {
+            "none": optuna.pruners.NopPruner(),
+            "median": optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=5),
+            "hyperband": optuna.pruners.HyperbandPruner(),
+        }[pruner]
+        name = f"{self.model}-{self.dataset}"
+        described = json.dumps([[p.name, p.grid() if p.choices else [p.low, p.high, p.step, p.log]] for p in self.space], default=str)
+        try:
+            study = optuna.create_study(
+                storage=storage, study_name=name, sampler=sampler, pruner=made, direction="maximize" if self.bigger else "minimize"
+            )
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=made)
+            deadline = time.monotonic() + 60
+            while "ready" not in study.user_attrs:  # another process is still writing the grid
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"The study {name} in {url} was begun but never filled. Remove it, or choose another --out or --storage."
+                    ) from None
+                time.sleep(0.1)
+            if study.user_attrs["space"] != described or study.user_attrs["strategy"] != self.strategy:
+                raise UserError(
+                    f"There is a study {name} with another search space or strategy. Choose another --out or --storage, or remove it."
+                ) from None
+            return study
+        study.set_user_attr("space", described)
+        study.set_user_attr("strategy", self.strategy)
+        study.enqueue_trial({}, user_attrs={"kind": "defaults"})
+        for number, point in enumerate(self.points or ()):
+            stored = {p.name: p.stored(point[p.name]) for p in self.space}
+            study.enqueue_trial(stored, user_attrs={"kind": "grid", "point": number})
+        study.set_user_attr("ready", True)
+        return study
+
+    # running
+
+    def _left(self) -> int:
+        trials = self.study.get_trials(deepcopy=False)
+        counted = [t for t in trials if t.user_attrs.get("kind") != "surplus" and "retried" not in t.user_attrs]
+        return self.trials - sum(t.state != TrialState.WAITING for t in counted if not _died(t))
+
+    def work(self) -> None:
+        """Run trials until as many as wanted are done or taken by others."""
+        while self._left() > 0:
+            if self.points is not None and not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                break
+            self.study.optimize(self._objective, n_trials=1, catch=(Exception,))
+
+    def _objective(self, trial: optuna.Trial) -> float:
+        kind = trial.user_attrs.get("kind")
+        if self.points is not None and kind is None:  # two processes saw the last waiting point; the other one has it
+            trial.set_user_attr("kind", "surplus")
+            raise optuna.TrialPruned
+        values = {} if kind == "defaults" else {p.name: p.suggest(trial) for p in self.space}
+        trial.set_user_attr("settings", json.dumps(values))
+        name = f"trial-{trial.number:05d}"
+        shutil.rmtree(self.folder / "trials" / name, ignore_errors=True)
+
+        def report(epoch: int, score: float) -> None:
+            trial.report(float(score), epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        fixed = {
+            "checkpoint_dir": str(self.folder / "trials"),
+            "run_name": name,
+            "save_last": False,
+            "checkpoint_seconds": 3600,
+            "tensorboard": False,
+        }
+        begin = time.perf_counter()
+        try:
+            outcome = run(config_file_list=self.config_files, config_dict={**self.settings, **values, **fixed}, callback=report, test=False)
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            trial.set_user_attr("train_s", round(time.perf_counter() - begin, 3))
+        trial.set_user_attr("run_dir", outcome["run_dir"])
+        trial.set_user_attr("best_epoch", outcome["record"]["best_epoch"])
+        self._drop_losers(trial, float(outcome["best_valid_score"]))
+        return float(outcome["best_valid_score"])
+
+    def _drop_losers(self, trial: optuna.Trial, score: float) -> None:
+        """Keep the weights of the best trial only."""
+        try:
+            best = self.study.best_trial
+        except ValueError:
+            return
+        better = score > best.value if self.bigger else score < best.value
+        loser = best.user_attrs.get("run_dir") if better else trial.user_attrs["run_dir"]
+        if loser:
+            Path(loser, "best.pt").unlink(missing_ok=True)
+
+    # the result
+
+    def finish(self) -> dict[str, Any]:
+        """Write best.yaml, trials.csv and result.json; test the winner, once.
+
+        Raises:
+            UserError: when every trial failed.
+        """
+        trials = [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("kind") != "surplus"]
+        write_text(self.folder / "trials.csv", _table(trials, self.space))
+        done = [t for t in trials if t.state == TrialState.COMPLETE]
+        if not done:
+            reasons = [t.user_attrs.get("error") for t in trials if t.user_attrs.get("error")]
+            raise UserError(
+                f"No trial of {self.model} on {self.dataset} finished. {len(trials)} failed{', first: ' + reasons[0] if reasons else ''}."
+            )
+        best = self.study.best_trial
+        values = json.loads(best.user_attrs["settings"])
+        run_dir = Path(best.user_attrs["run_dir"])
+        record = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+        if not record.get("test"):
+            if not (run_dir / "best.pt").is_file():  # it was found on another machine, or two winners came at the same time
+                shutil.rmtree(run_dir)
+                fixed = {"checkpoint_dir": str(run_dir.parent), "run_name": run_dir.name, "tensorboard": False}
+                run(config_file_list=self.config_files, config_dict={**self.settings, **values, **fixed}, test=False)
+            record = test_run(run_dir)
+        head = f"# {self.model} on {self.dataset}: best of {len(done)} finished trials by {self.metric} on validation ({best.value:.4f}).\n"
+        write_text(
+            self.folder / "best.yaml",
+            head + yaml.safe_dump({**self.settings, **values, "model": self.model, "dataset": self.dataset}, sort_keys=False),
+        )
+        result = {
+            "schema": 1, "kind": "search", "model": self.model, "dataset": self.dataset, "strategy": self.strategy, "metric": self.metric,
+            "best_value": best.value, "best_trial": best.number, "best_settings": values, "best_run": str(run_dir), "valid": record["valid"],
+            "test": record["test"], "trials": {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState},
+            "failed": [{"trial": t.number, "settings": json.loads(t.user_attrs.get("settings", "{}")), "error": t.user_attrs["error"]} for t in trials if t.user_attrs.get("error")],
+        }  # fmt: skip
+        write_json(self.folder / "result.json", result)
+        return result
+
+
+def _died(trial) -> bool:
+    """A failed trial without a reason of its own: its process was killed, and the storage has put a copy back."""
+    return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
+
+
+def _table(trials, space: list[Parameter]) -> str:
+    """All trials as CSV."""
+    out = io.StringIO()
+    names = [p.name for p in space]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["trial", "state", "kind", "value", "best_epoch", "train_s", *names, "error", "run_dir"])
+    for t in trials:
+        values = json.loads(t.user_attrs.get("settings", "{}"))
+        attrs = [t.user_attrs.get(key, "") for key in ("best_epoch", "train_s")]
+        value = "" if t.value is None else t.value
+        row = [t.number, t.state.name.lower(), t.user_attrs.get("kind", "drawn"), value, *attrs, *(values.get(n, "") for n in names)]
+        writer.writerow([*row, t.user_attrs.get("error", ""), t.user_attrs.get("run_dir", "")])
+    return out.getvalue()
+
+
+def open_storage(url: str, heartbeat: int = _HEARTBEAT):
+    """An Optuna storage whose dead trials are put back.
+
+    Raises:
+        UserError: when it cannot be reached.
+    """
+    for attempt in range(5):
+        try:
+            return _storage(url, heartbeat)
+        except Exception as error:  # SQLAlchemy and the drivers have no common class, and a missing driver is an ImportError
+            last = error
+            if type(error).__name__ not in ("IntegrityError", "OperationalError", "ProgrammingError") or not _reachable(error):
+                break
+            time.sleep(0.2 * 2**attempt)  # two processes made the tables at the same time; one of them has to look again
+    raise UserError(f"--storage={url} cannot be opened: {' '.join(str(last).split())[:300]}") from None
+
+
+def _reachable(error: Exception) -> bool:
+    return "connect" not in str(error).lower()
+
+
+def _storage(url: str, heartbeat: int):
+    if url.startswith("journal:"):
+        from optuna.storages.journal import JournalFileBackend
+
+        return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
+    options = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    stages = optuna.storages
+    if hasattr(stages, "RetryHeartbeatStaleTrialCallback"):  # optuna 4.9 renamed it
+        retry = {"heartbeat_stale_trial_callback": stages.RetryHeartbeatStaleTrialCallback()}
+    else:
+        retry = {"failed_trial_callback": stages.RetryFailedTrialCallback()}
+    return stages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat, **retry)
+
+
+def start_jobs(jobs: int, arguments: list[str]) -> int:
+    """Run this command in `jobs` processes that share the study; the first exit code that is not 0."""
+    program = [sys.executable, "-m", "recbole_mm.cli", "search", *arguments, "--worker=true"]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))}
+    processes = [subprocess.Popen(program, env=environment) for _ in range(jobs)]
+    codes = [process.wait() for process in processes]
+    return next((code for code in codes if code), 0)
+
+
+def quiet() -> None:
+    """Optuna's own lines repeat ours, and the heartbeat has been "experimental" since its version 2.9."""
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("sqlalchemy").setLevel(logging.WARNING)

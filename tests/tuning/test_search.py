@@ -1,0 +1,167 @@
+"""Searches on a dataset of a few hundred interactions."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+import recbole_mm.tuning.search as module
+from recbole_mm import cli, run
+from recbole_mm.errors import UserError
+from recbole_mm.tuning.search import Search
+from recbole_mm.tuning.space import Parameter
+
+LR = Parameter("learning_rate", choices=(0.001, 0.01, 0.05))
+DIM = Parameter("embedding_size", choices=(2, 4))
+
+
+def search(settings, space=(LR, DIM), folder="s", **more):
+    return Search("BPR", "tastes", list(space), folder, settings={**settings, "model": "BPR", "epochs": 2}, **more)
+
+
+def rows(folder="s"):
+    with open(Path(folder) / "trials.csv") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_grid_runs_every_point_once_after_the_defaults(tastes):
+    s = search(tastes, strategy="grid")
+    s.work()
+    result = s.finish()
+    table = rows()
+    assert [r["kind"] for r in table] == ["defaults", *["grid"] * 6]
+    assert sorted((float(r["learning_rate"]), int(r["embedding_size"])) for r in table[1:]) == [
+        (lr, d) for lr in LR.choices for d in DIM.choices
+    ]
+    assert result["best_value"] == max(float(r["value"]) for r in table)
+    assert len(list(Path("s/trials").glob("*/best.pt"))) == 1, "only the best trial keeps its weights"
+    best = yaml.safe_load(Path("s/best.yaml").read_text())
+    again = run(config_file_list=["s/best.yaml"])
+    assert again["best_valid_score"] == pytest.approx(result["best_value"]) and best["model"] == "BPR"
+    assert result["test"] == {k: pytest.approx(v) for k, v in again["record"]["test"].items()}
+
+
+def test_trials_know_no_test_values(tastes):
+    s = search(tastes, strategy="random", trials=3)
+    s.work()
+    for path in Path("s/trials").glob("*/result.json"):
+        assert json.loads(path.read_text())["test"] == {}
+    s.finish()
+    tested = [p for p in Path("s/trials").glob("*/result.json") if json.loads(p.read_text())["test"]]
+    assert len(tested) == 1
+
+
+def test_a_finished_search_does_nothing_more(tastes, monkeypatch):
+    s = search(tastes, strategy="grid")
+    s.work()
+    first = s.finish()
+    monkeypatch.setattr(module, "run", lambda *a, **k: pytest.fail("a trial was run again"))
+    again = search(tastes, strategy="grid")
+    again.work()
+    assert again.finish() == first
+    with pytest.raises(UserError, match="another search space"):
+        search(tastes, space=[LR], strategy="grid")
+
+
+def test_a_failed_trial_is_recorded_and_stops_nothing(tastes):
+    s = search(tastes, space=[Parameter("learning_rate", choices=(0.01, -1.0))], strategy="grid")
+    s.work()
+    result = s.finish()
+    assert result["trials"]["complete"] == 2 and "learning_rate: expected a number above 0" in result["failed"][0]["error"]
+
+
+def test_a_typo_stops_the_search_not_each_trial(tastes):
+    with pytest.raises(UserError, match="Unknown key 'lerning_rate'"):
+        search(tastes, space=[Parameter("lerning_rate", choices=(0.1,))])
+    for wrong in (
+        {"strategy": "gird"},
+        {"pruner": "medain"},
+        {"trials": 0},
+        {"storage": "postgresql://nobody@127.0.0.1:1/x"},
+        {"storage": "nonsense"},
+    ):
+        with pytest.raises(UserError):
+            search(tastes, folder=f"x{len(str(wrong))}", **wrong)
+
+
+def test_pruning_stops_a_trial_that_falls_behind(tastes, monkeypatch):
+    class Cut(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return trial.number > 0
+
+    monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **options: Cut())
+    s = search(tastes, strategy="random", trials=3)
+    s.work()
+    assert [t.state.name for t in s.study.trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+    assert s.finish()["best_trial"] == 0
+
+
+def test_the_command(tastes, capsys):
+    Path("p.hyper").write_text("learning_rate loguniform -7,-3\nembedding_size choice [2,4]\n")
+    words = [f"--{k}={v}" for k, v in {**tastes, "epochs": 1}.items()]
+    assert cli.main(["search", "--model=BPR", "--params-file=p.hyper", "--trials=3", "--out=o", *words]) == 0
+    out = capsys.readouterr().out
+    assert "3 complete" in out and "o/best.yaml" in out and "recall@5" in out
+    assert cli.main(["search", "--model=BPR", "--params-file=none", *words]) == 2
+    assert cli.main(["search", "--model=BPR", "--params-file=p.hyper", "--trials=x", *words]) == 2
+    assert "whole number" in capsys.readouterr().err
+
+
+def worker_words(settings, storage, heartbeat=30):
+    Path("p.hyper").write_text("learning_rate choice [0.001,0.003,0.01,0.03]\nembedding_size choice [2,4]\n")
+    words = [f"--{k}={v}" for k, v in {**settings, "epochs": 2}.items()]
+    return [
+        "search",
+        "--model=BPR",
+        "--params-file=p.hyper",
+        "--strategy=grid",
+        "--out=o",
+        f"--storage={storage}",
+        f"--heartbeat={heartbeat}",
+        *words,
+    ]
+
+
+def check_shared_storage(settings, storage):
+    """Two processes on one storage: every grid point once, whoever ran it."""
+    program = [sys.executable, "-m", "recbole_mm.cli", *worker_words(settings, storage), "--worker=true"]
+    processes = [subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-2000:]
+    assert cli.main(worker_words(settings, storage)) == 0
+    points = [(r["learning_rate"], r["embedding_size"]) for r in rows("o") if r["kind"] == "grid"]
+    assert len(points) == 8 == len(set(points))
+
+
+def test_two_processes_share_a_sqlite_study(tastes):
+    check_shared_storage(tastes, "sqlite:///o.db")
+
+
+@pytest.mark.slow
+def test_kill_9_loses_at_most_the_running_trial(tastes):
+    words = worker_words(tastes, "sqlite:///o.db", heartbeat=2)
+    process = subprocess.Popen([sys.executable, "-m", "recbole_mm.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(Path("o/trials").glob("*/result.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {p.parent.name for p in Path("o/trials").glob("*/result.json") if json.loads(p.read_text())["status"] == "finished"}
+    assert done
+    stamps = {name: (Path("o/trials") / name / "result.json").stat().st_mtime_ns for name in done}
+    time.sleep(7)  # three heartbeats: the dead trial is put back
+    assert cli.main(words) == 0
+    complete = [r for r in rows("o") if r["state"] == "complete"]
+    assert len({(r["kind"], r["learning_rate"], r["embedding_size"]) for r in complete}) == 9 == len(complete)
+    best = json.loads(Path("o/result.json").read_text())["best_run"].rsplit("/", 1)[-1]
+    assert all((Path("o/trials") / n / "result.json").stat().st_mtime_ns == t for n, t in stamps.items() if n != best), (
+        "finished trials are not repeated"
+    )
