@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -41,3 +42,18 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON atomically; NaN is not JSON and raises ValueError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def derived_folder(folder: str | os.PathLike) -> Path:
+    """Where files made from a dataset go (feature sets, decoded pictures): its own folder, or one of the user's cache.
+
+    The cache serves folders that cannot be written, are marked read-only (which does not stop root), or belong to an installed package.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return folder
+    installed = {"site-packages", "dist-packages"} & set(folder.resolve().parts)
+    if not installed and os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:
+        return folder
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "recbole_mm" / f"{folder.name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"

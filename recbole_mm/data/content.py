@@ -21,21 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_mm.errors import UserError
-from recbole_mm.files import atomic_path
+from recbole_mm.files import atomic_path, derived_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 MAX_PIXELS = 50_000_000  # a 50-megapixel photo is allowed; decoded it takes 150 MB
 TITLE_FIELDS = ("title", "name", "movie_title", "item_title")
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
-
-
-def cache_folder(dataset_folder: Path) -> Path:
-    """Where derived files of a dataset go: ``.cache`` in its folder, or the user's cache where that cannot be written."""
-    if os.access(dataset_folder, os.W_OK):
-        return dataset_folder / ".cache"
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "recbole_mm" / hashlib.sha256(str(dataset_folder.resolve()).encode()).hexdigest()[:16]
 
 
 class ItemContent:
@@ -48,6 +40,7 @@ class ItemContent:
         image_folder: folder with ``<token>.jpg`` (or .jpeg, .png, .webp, .gif, .bmp), in the dataset's folder or absolute.
         name: the dataset's name; the folder's by default.
         separator: of the columns.
+        id_field: the column with the item tokens.
     """
 
     def __init__(
@@ -58,12 +51,13 @@ class ItemContent:
         image_folder: str = "images",
         name: str | None = None,
         separator: str = "\t",
+        id_field: str = "item_id",
     ):
         self.folder = Path(folder)
         self.tokens = [str(token) for token in tokens]
         self.text_fields = tuple(text_fields)
         self._table_path = self.folder / f"{name or self.folder.name}.item"
-        self._separator = separator
+        self._separator, self._id_field = separator, id_field
         self._columns: dict[str, list[str]] | None = None
         self._images = self._find_images(image_folder)
         self._pixels: dict[str, tuple[np.ndarray, dict[str, int]]] = {}
@@ -79,6 +73,7 @@ class ItemContent:
             config["image_folder"] or "images",
             config["dataset"],
             config["field_separator"],
+            config["ITEM_ID_FIELD"],
         )
 
     # texts
@@ -97,8 +92,10 @@ class ItemContent:
                 f"{self._table_path}: expected UTF-8 text with columns separated by {self._separator!r} and a first line of field names ({error})."
             ) from None
         table.columns = [str(column).split(":")[0] for column in table.columns]
-        key = "item_id" if "item_id" in table else table.columns[0]
-        row_of = {token: row for row, token in enumerate(table[key])}
+        key = self._id_field if self._id_field in table else table.columns[0]
+        row_of: dict[str, int] = {}
+        for row, token in enumerate(table[key]):
+            row_of.setdefault(token, row)  # of an item that stands there twice the first row counts, as in RecBole
         rows = [row_of.get(token, -1) for token in self.tokens]
         rows[0] = -1
         for column in table.columns:
@@ -150,7 +147,7 @@ class ItemContent:
         with os.scandir(folder) as entries:
             for entry in entries:
                 stem, suffix = os.path.splitext(entry.name)
-                if suffix.lower() not in SUFFIXES:
+                if suffix.lower() not in SUFFIXES or not entry.is_file():  # reading a pipe would wait for ever
                     continue
                 if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside):
                     raise UserError(f"{entry.path} is a link out of the dataset, to {os.readlink(entry.path)}. Copy the picture instead.")
@@ -201,7 +198,7 @@ class ItemContent:
         stats = [(name, self._images[name].name, *_stamp(self._images[name])) for name in names]
         key = hashlib.sha256(json.dumps([transform.describe(), stats], sort_keys=True).encode()).hexdigest()[:24]
         if key not in self._pixels:
-            path = cache_folder(self.folder) / f"pixels-{key}.npy"
+            path = derived_folder(self.folder) / ".cache" / f"pixels-{key}.npy"
             if not path.is_file():
                 self._decode_all(names, transform, path)
             self._pixels[key] = np.load(path, mmap_mode="r", allow_pickle=False), {name: row for row, name in enumerate(names)}
@@ -209,19 +206,34 @@ class ItemContent:
 
     def _decode_all(self, names: list[str], transform, path: Path) -> None:
         """Decode every picture in threads (Pillow releases the interpreter) into one file that appears when it is whole."""
-        sample = transform.resize(open_picture(self._images[names[0]])) if names else torch.zeros(3, 1, 1)
+        if not names:
+            raise UserError(f"{self.folder} has no pictures.")
+        broken: dict[int, UserError] = {}
+
+        def decode(row: int) -> np.ndarray | None:
+            try:
+                return transform.resize(open_picture(self._images[names[row]])).numpy()
+            except UserError as error:
+                broken[row] = error
+                return None
+
+        shape = next((picture.shape for picture in map(decode, range(len(names))) if picture is not None), (3, 1, 1))
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(names), *sample.shape))
-
-            def decode(row: int) -> None:
-                pixels[row] = transform.resize(open_picture(self._images[names[row]])).numpy()
-
+            pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(names), *shape))
+            if hasattr(os, "posix_fallocate"):
+                with open(temporary, "rb+") as stream:  # a full disk is an error here and a crash when the map is written to
+                    os.posix_fallocate(stream.fileno(), 0, os.path.getsize(temporary))
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                for _ in tqdm(
+                decoded = tqdm(
                     pool.map(decode, range(len(names))), total=len(names), desc="Decode pictures", delay=2, leave=False, ncols=100
-                ):
-                    pass
+                )
+                for row, picture in enumerate(decoded):
+                    if picture is not None:
+                        pixels[row] = picture
+            if broken:
+                first = broken[min(broken)]
+                raise UserError(str(first) if len(broken) == 1 else f"{len(broken)} pictures cannot be read. The first: {first}")
             pixels.flush()
 
 

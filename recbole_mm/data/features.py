@@ -7,13 +7,16 @@ A feature set is a folder with ``<modality>.npy`` (one row per item), ``item_ids
 import hashlib
 import json
 import logging
+import os
+import shutil
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from recbole_mm.errors import UserError, nearest
-from recbole_mm.files import atomic_path, write_json, write_text
+from recbole_mm.files import atomic_path, derived_folder, write_json, write_text
 
 STANDARD = ("textual", "visual", "acoustic")
 ALIASES = {"image_feat": "visual", "text_feat": "textual"}  # MMRec
@@ -23,8 +26,19 @@ _CHUNK_BYTES = 64 << 20
 
 
 def feature_files(folder: Path) -> dict[str, Path]:
-    """Modality -> file of the feature set in `folder`, standard modalities first; empty where there is none."""
-    found = {ALIASES.get(path.stem, path.stem): path for path in sorted(Path(folder).glob("*.npy"))}
+    """Modality -> file of the feature set in `folder`, standard modalities first; empty where there is none.
+
+    Raises:
+        UserError: when two files claim to be the same modality.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(Path(folder).glob("*.npy")):
+        name = ALIASES.get(path.stem, path.stem)
+        if path.name.startswith("."):
+            continue  # a file that is being written
+        if name in found:
+            raise UserError(f"{folder}: {found[name].name} and {path.name} both hold {name} features. Remove one.")
+        found[name] = path
     order = [name for name in STANDARD if name in found] + [name for name in found if name not in STANDARD]
     return {name: found[name] for name in order}
 
@@ -39,14 +53,25 @@ def set_name(config) -> str | None:
 
 
 def set_folder(config) -> Path:
-    """Folder of the run's feature set."""
+    """Folder of the run's feature set: the one that is there, else the one to make.
+
+    That is ``features/<name>`` in the dataset's folder, or in the user's cache where the dataset's folder is not ours to write to.
+    """
     name = set_name(config)
     root = Path(config["data_path"])
     if name is None:
         return root
     if Path(name).name != name or name in (".", ".."):
         raise UserError(f"feature_set: expected the name of a folder under {root / 'features'}, got {name!r}.")
-    return root / "features" / name
+    beside = root / "features" / name
+    return beside if feature_files(beside) else derived_folder(root) / "features" / name
+
+
+def set_names(config) -> list[str]:
+    """Names of the feature sets that the run's dataset has."""
+    root = Path(config["data_path"])
+    folders = [folder / "features" for folder in {root, derived_folder(root)}]
+    return sorted({path.name for folder in folders if folder.is_dir() for path in folder.iterdir() if feature_files(path)})
 
 
 def open_table(path: Path) -> np.ndarray:
@@ -57,11 +82,13 @@ def open_table(path: Path) -> np.ndarray:
     """
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, OverflowError, TypeError, MemoryError) as error:
         size = path.stat().st_size if path.is_file() else 0
         raise UserError(
             f"{path} ({size:,} bytes): expected a whole .npy file of numbers, got something else or only a part ({error}). Write it again."
         ) from None
+    if not isinstance(table, np.ndarray):
+        raise UserError(f"{path}: expected one .npy table, got an .npz archive. Save its table with numpy.save.")
     if table.ndim != 2 or table.dtype.kind not in "fiu" or not table.shape[1]:
         raise UserError(f"{path}: expected a matrix of numbers, one row per item, got shape {table.shape} of {table.dtype}.")
     return table
@@ -77,7 +104,7 @@ def read_ids(folder: Path) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        ids = path.read_text(encoding="utf-8-sig").splitlines()
+        ids = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut tokens at U+2028 and the like
     except UnicodeDecodeError:
         raise UserError(f"{path}: expected UTF-8 text, one item token per line.") from None
     ids = [token.strip() for token in ids]
@@ -134,16 +161,19 @@ def align(
         )
     aligned = np.zeros((len(tokens), table.shape[1]), np.float32)
     step = max(1, _CHUNK_BYTES // (4 * table.shape[1]))
+    bad: list[int] = []
     for begin in range(0, len(present), step):
         items = present[begin : begin + step]
-        chunk = table[rows[items]].astype(np.float32)
-        bad = np.flatnonzero(~np.isfinite(chunk).all(axis=1))
-        if len(bad):
-            row = int(rows[items[bad[0]]])
-            raise UserError(
-                f"{where}: row {row} (item {ids[row]!r}) holds NaN or an infinite number, and {len(bad) - 1} rows after it do too. Features must be finite."
-            )
-        aligned[items] = chunk
+        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, which is reported below
+            aligned[items] = table[rows[items]]
+        bad += rows[items[~np.isfinite(aligned[items]).all(axis=1)]].tolist()
+    if bad:
+        row = min(bad)
+        more = f", as do {len(bad) - 1} more rows" if len(bad) > 1 else ""
+        raise UserError(
+            f"{where}: row {row} (item {ids[row]!r}) holds NaN or an infinite number{more}. Features must be finite: "
+            "put them right, or leave the rows and their tokens out and let missing_modality decide."
+        )
     lacking = np.flatnonzero(rows < 0)[1:]
     if len(lacking):
         examples = ", ".join(repr(str(tokens[i])) for i in lacking[:3])
@@ -195,14 +225,19 @@ def load_feature_set(
 
 
 def _ids_of_rows(ids: list[str] | None, table: np.ndarray, tokens: Sequence[str], folder: Path) -> list[str]:
-    """Without ``item_ids.txt`` row r belongs to the item called r, as in MMRec; other names cannot be guessed."""
+    """Without ``item_ids.txt`` row r belongs to the item called r, as in MMRec; other names cannot be guessed.
+
+    Item 0 must be among them: where numbers begin with 1, row 0 may be item 1, and all rows would be one off without a word.
+    """
     if ids is not None:
         return ids
-    if not all(str(token).isdigit() and int(token) < len(table) for token in tokens[1:]):
+    numbers = [str(row) for row in range(len(table))]
+    names = {str(token) for token in tokens[1:]}
+    if not names.issubset(numbers) or "0" not in names:
         raise UserError(
             f"{folder} has no {IDS_FILE}, and the dataset's items are not the numbers 0 to {len(table) - 1}. Write the item token of each feature row into {folder / IDS_FILE}, one per line."
         )
-    return [str(row) for row in range(len(table))]
+    return numbers
 
 
 def _read_meta(folder: Path) -> dict:
@@ -239,24 +274,59 @@ def _digest(stream) -> str:  # Python 3.10 has no file_digest
 
 
 def write_feature_set(folder: Path, tables: Mapping[str, np.ndarray], ids: Sequence[str], meta: Mapping) -> None:
-    """Write a feature set; meta.json comes last and holds the hash of each table, so a set with one is whole.
+    """Write a feature set, with the hash of each table in meta.json.
+
+    It is written beside and moved to its place as a whole: tables without their item ids would be read as MMRec's.
 
     Raises:
-        UserError: when a table has not one row per id.
+        UserError: when a table has not one row per id, or a token cannot stand in a line of its own.
     """
     folder = Path(folder)
     for name, table in tables.items():
         if len(table) != len(ids):
             raise UserError(f"{folder / name}.npy: expected {len(ids)} rows, one per item token, got {len(table)}.")
-    (folder / META_FILE).unlink(missing_ok=True)
-    outputs = {}
-    for name, table in tables.items():
-        path = folder / f"{name}.npy"
-        with atomic_path(path) as temporary:
-            np.save(temporary, table)
-        outputs[name] = {"rows": int(table.shape[0]), "columns": int(table.shape[1]), "dtype": str(table.dtype), "sha256": file_hash(path)}
-    write_text(folder / IDS_FILE, "".join(f"{token}\n" for token in ids))
-    write_json(folder / META_FILE, {**meta, "outputs": outputs})
+    for token in ids:
+        if "\n" in token or token != token.strip() or not token:
+            raise UserError(f"{folder / IDS_FILE}: the item token {token!r} begins or ends with a blank, or holds a line break.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        outputs = {}
+        for name, table in tables.items():
+            path = fresh / f"{name}.npy"
+            with atomic_path(path) as temporary:
+                np.save(temporary, table)
+            outputs[name] = {
+                "rows": int(table.shape[0]),
+                "columns": int(table.shape[1]),
+                "dtype": str(table.dtype),
+                "sha256": file_hash(path),
+            }
+        write_text(fresh / IDS_FILE, "".join(f"{token}\n" for token in ids))
+        write_json(fresh / META_FILE, {**meta, "outputs": outputs})
+        _move(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _move(fresh: Path, folder: Path) -> None:
+    """Put the whole set `fresh` in the place of `folder`; other files that lie there (a dataset's own) stay."""
+    os.chmod(fresh, 0o777 & ~_umask())  # mkdtemp makes 0700
+    if folder.is_dir() and any(path.suffix != ".npy" and path.name not in (IDS_FILE, META_FILE) for path in folder.iterdir()):
+        for path in sorted(fresh.iterdir(), key=lambda path: (path.name != IDS_FILE, path.name == META_FILE)):
+            os.replace(path, folder / path.name)
+        return
+    old = folder.with_name(f"{fresh.name}.old")
+    if folder.is_dir():
+        os.replace(folder, old)
+    os.replace(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def fingerprint(features: Mapping[str, np.ndarray]) -> str:
@@ -264,5 +334,5 @@ def fingerprint(features: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, table in features.items():
         digest.update(f"{name}{table.shape}".encode())
-        digest.update(np.ascontiguousarray(table).tobytes())
+        digest.update(np.ascontiguousarray(table).reshape(-1).view(np.uint8))
     return digest.hexdigest()

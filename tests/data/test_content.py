@@ -1,5 +1,6 @@
 """Item texts and pictures, also when whoever made the dataset was careless or worse."""
 
+import os
 import struct
 import zlib
 
@@ -144,3 +145,30 @@ def test_the_cache_follows_the_files_and_the_transform(shop):
     Image.new("RGB", (10, 8), "black").save(shop / "images" / "a.png")
     assert ItemContent(shop, TOKENS).image_tensor([2], Half())[0, 0, 0, 0] == 0
     assert ItemContent(shop, TOKENS).image_tensor([2], Half(6)).shape[-1] == 6
+
+
+def test_all_broken_pictures_are_reported_at_once(shop):
+    for token in "cde":
+        (shop / "images" / f"{token}.jpg").write_bytes(b"no")
+    with pytest.raises(UserError, match="3 pictures cannot be read. The first: .*c.jpg"):
+        ItemContent(shop, TOKENS).image_tensor([1], Half())
+    assert not list((shop / ".cache").iterdir()), "no cache with holes is left"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_picture(shop):
+    os.mkfifo(shop / "images" / "../images/p.png")
+    assert ItemContent(shop, ["[PAD]", "p"]).image_path(1) is None
+
+
+def test_of_an_item_that_stands_there_twice_the_first_row_counts(shop):
+    with open(shop / "shop.item", "a", encoding="utf-8") as file:
+        file.write("b\tSecond lamp\t\tBrindel\n")
+    assert ItemContent(shop, TOKENS).title(1) == "Lamp"
+
+
+def test_words_that_pandas_takes_for_missing_stay_words(shop):
+    (shop / "shop.item").write_text("asin:token\titem_id:token\ttitle:token_seq\nx\ta\tNone\ny\tb\tNA\n", encoding="utf-8")
+    content = ItemContent(shop, TOKENS)
+    assert content.texts([1, 2]) == ["NA", "None"], "and the column of tokens need not be the first"
+    assert ItemContent(shop, ["[PAD]", "y"], id_field="asin").title(1) == "NA"

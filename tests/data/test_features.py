@@ -1,13 +1,23 @@
 """Feature files: alignment by item token, and every way in which they can be wrong."""
 
 import json
+import os
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recbole_mm.data.features import align, feature_files, fingerprint, load_feature_set, open_table, read_ids, write_feature_set
+from recbole_mm.data.features import (
+    align,
+    feature_files,
+    fingerprint,
+    load_feature_set,
+    open_table,
+    read_ids,
+    set_folder,
+    write_feature_set,
+)
 from recbole_mm.errors import UserError
 
 TOKENS = ["[PAD]", "c", "a", "b"]
@@ -90,6 +100,10 @@ def test_missing_rows_may_be_an_error(folder):
         (lambda f: (f / "visual.npy").write_bytes(b"\x93NUMPY garbage"), "expected a whole .npy file"),
         (lambda f: (f / "visual.npy").write_bytes((f / "visual.npy").read_bytes()[:-8]), "only a part"),
         (lambda f: (f / "visual.npy").write_bytes(b""), "0 bytes"),
+        (lambda f: np.savez(open(f / "visual.npy", "wb"), TABLE), "npz archive"),
+        (lambda f: np.save(f / "visual.npy", np.where(TABLE == 3, 1e300, TABLE.astype(np.float64))), r"row 2 \(item 'c'\)"),
+        (lambda f: np.save(f / "visual.npy", np.where(TABLE > 9, np.nan, TABLE)), r"row 0 \(item 'a'\) .* as do 2 more rows"),
+        (lambda f: np.save(f / "image_feat.npy", TABLE), "image_feat.npy and visual.npy both hold visual"),
         (lambda f: (f / "item_ids.txt").write_text("a\nb\na\n"), "'a' stands twice, in lines 1 and 3"),
         (lambda f: (f / "item_ids.txt").write_text("x\ny\nz\n"), "not one of the dataset's 3 items"),
         (lambda f: (f / "item_ids.txt").write_bytes(b"\xff\xfe"), "UTF-8"),
@@ -127,3 +141,78 @@ def test_fingerprint_sees_values_names_and_order():
     assert fingerprint(first) == fingerprint({"a": TABLE.copy(), "b": TABLE.copy()})
     others = [{"b": TABLE, "a": TABLE}, {"a": TABLE, "b": TABLE + 1}, {"a": TABLE}, {"a": TABLE, "c": TABLE}]
     assert len({fingerprint(features) for features in (first, *others)}) == 5
+
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 160))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_files_are_an_error_or_numbers(folder, changes, cut):
+    """Whatever bytes of a file are changed or lost: a matrix of numbers comes back, or the one error that names the file."""
+    np.save(folder / "visual.npy", TABLE)
+    data = bytearray((folder / "visual.npy").read_bytes())
+    for place, value in changes:
+        data[place % len(data)] = value
+    (folder / "visual.npy").write_bytes(data[: len(data) - cut])
+    try:
+        table = open_table(folder / "visual.npy")
+    except UserError as error:
+        assert "visual.npy" in str(error)
+    else:
+        assert table.ndim == 2 and table.dtype.kind in "fiu"
+
+
+def test_numbers_from_one_are_not_guessed(tmp_path):
+    """Items 1 to 3 and three rows: row 0 may be item 1, and item 3 may have been filtered out."""
+    np.save(tmp_path / "visual.npy", TABLE)
+    for tokens in (["[PAD]", "1", "2"], ["[PAD]", "0", "01"], ["[PAD]", "0", "\u00b2"]):
+        with pytest.raises(UserError, match="has no item_ids.txt"):
+            load_feature_set(tmp_path, tokens)
+
+
+def test_a_set_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    target = tmp_path / "features" / "x"
+    write_feature_set(target, {"visual": TABLE, "textual": TABLE}, ["a", "b", "c"], {"try": 1})
+    real = np.save
+
+    def full_disk(path, table):
+        real(path, table)
+        if len(table) == 2 and "textual" in str(path):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full_disk)
+    with pytest.raises(OSError):
+        write_feature_set(target, {"visual": TABLE[:2], "textual": TABLE[:2]}, ["a", "b"], {"try": 2})
+    assert read_ids(target) == ["a", "b", "c"] and len(np.load(target / "visual.npy")) == 3, "the old set is untouched"
+    monkeypatch.setattr(np, "save", real)
+    write_feature_set(target, {"visual": TABLE[:2]}, ["a", "b"], {"try": 2})
+    assert list(feature_files(target)) == ["visual"] and read_ids(target) == ["a", "b"], "nothing is left of the old one"
+    assert [path.name for path in target.parent.iterdir()] == ["x"]
+    if os.name == "posix":
+        assert target.stat().st_mode & 0o777 == (tmp_path / "features").stat().st_mode & 0o777
+
+
+def test_a_set_written_into_the_datasets_folder_leaves_its_files(tmp_path):
+    (tmp_path / "shop.inter").write_text("x")
+    write_feature_set(tmp_path, {"visual": TABLE}, ["a", "b", "c"], {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["item_ids.txt", "meta.json", "shop.inter", "visual.npy"]
+
+
+@pytest.mark.parametrize("token", ["", " a", "a\nb", "a\r"])
+def test_tokens_that_a_line_cannot_hold(tmp_path, token):
+    with pytest.raises(UserError, match="item token"):
+        write_feature_set(tmp_path / "x", {"visual": TABLE[:1]}, [token], {})
+
+
+def test_sets_of_a_dataset_that_cannot_be_written_go_to_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number, name in enumerate(("own", "readonly", "site-packages/installed")):
+        data = tmp_path / name
+        data.mkdir(parents=True)
+        config = {"data_path": str(data), "feature_set": "x", "encoder": None, "encoder_training": "frozen"}
+        if name == "readonly":
+            data.chmod(0o555)
+        target = set_folder(config)
+        assert target.is_relative_to(data if number == 0 else tmp_path / "cache"), name
+        data.chmod(0o755)
+        (data / "features" / "x").mkdir(parents=True)
+        np.save(data / "features" / "x" / "visual.npy", TABLE)
+        assert set_folder(config) == data / "features" / "x", "what lies beside the data comes first"
