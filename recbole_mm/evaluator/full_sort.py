@@ -33,7 +33,7 @@ from recbole_mm.evaluator.groups import group_metrics
 from recbole_mm.evaluator.per_user import PerUser, row_values
 
 DEFAULT_MEMORY_MB = 512
-_CACHE_BYTES = 24 << 20  # CPU: a score matrix of this size is reused by the allocator and mostly stays in the cache
+_CACHE_BYTES = 8 << 20  # CPU: the allocator reuses a score matrix of this size, and much of it stays in the cache
 _FOLD = 8  # columns folded into one by `top_k` before it searches
 
 
