@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from recbole_mm.layer.graph import BipartiteOperator, lightgcn_shared_users, pick, spread
+from recbole_mm.layer.graph import BipartiteOperator, lightgcn_shared_users, pick, spread, unit_rows
 
 
 class OfTable:
@@ -26,7 +25,7 @@ class OfTable:
 
 def unit_features(table_of) -> OfTable:
     """Rows of a feature table scaled to unit length."""
-    return OfTable(table_of, lambda table: normalize(table, dim=1))
+    return OfTable(table_of, unit_rows)
 
 
 class ChannelEncoder(nn.Module):
@@ -85,7 +84,7 @@ class FixedGraphEncoder:
         self._ones = spread(operator, start, n_layers, from_users=False)
 
     def _propagate(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        return spread(self.operator, normalize(table, dim=1), self.n_layers, from_users=False)
+        return spread(self.operator, unit_rows(table), self.n_layers, from_users=False)
 
     def __call__(self, user_rows: Tensor | None = None, item_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Users [P, C d] and items [Q, C d] of the given distinct rows, or of all."""
@@ -95,7 +94,7 @@ class FixedGraphEncoder:
         for project, propagated, table in zip(e.project, self._propagated, e._tables):
             raw = table()
             if raw.requires_grad or raw.shape[1] > self.limit * project.out_features:
-                mapped = project(normalize(raw, dim=1))
+                mapped = project(unit_rows(raw))
                 channels.append(spread(self.operator, mapped, self.n_layers, False, *rows))
             else:
                 weight, bias = project.weight.T, project.bias

@@ -22,7 +22,7 @@ Shapes: B batch, U users, I items (row 0 padding), d embedding_size, k neighbour
 import torch
 from recbole.utils import InputType
 from torch import Tensor, nn
-from torch.nn.functional import dropout, leaky_relu, normalize
+from torch.nn.functional import dropout, leaky_relu
 
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.layer.contrastive import bpr
@@ -35,6 +35,7 @@ from recbole_mm.layer.graph import (
     neighbour_similarities,
     pick,
     symmetric_scaling,
+    unit_rows,
 )
 from recbole_mm.model.base import MultimodalRecommender
 
@@ -156,7 +157,7 @@ class LATTICE(MultimodalRecommender):
             sides = zip((users, items), self.operator(users, items))
             new = [leaky_relu(message(side)) + leaky_relu(interaction(ego * side)) for ego, side in sides]
             users, items = (dropout(x, self.message_dropout, self.training) for x in new)
-            layers.append((normalize(users, dim=1), normalize(items, dim=1)))
+            layers.append((unit_rows(users), unit_rows(items)))
         means = (torch.stack(side).mean(0) for side in zip(*layers))
         return tuple(pick(x, rows) for x, rows in zip(means, (user_rows, item_rows)))
 
@@ -173,7 +174,7 @@ class LATTICE(MultimodalRecommender):
         """Return every user vector [U, d] and every item vector [I, d] from the item graph of the current weights."""
         pattern, values = self.item_graph()
         users, items = self.propagate()
-        return users, items + normalize(self.item_part(lambda h: pattern.product(values, h)), dim=1)
+        return users, items + unit_rows(self.item_part(lambda h: pattern.product(values, h)))
 
     def calculate_loss(self, interaction) -> Tensor:
         """BPR over (user, positive, sampled negative) plus L2 on the vectors used, over the configured batch size; a scalar."""
@@ -187,7 +188,7 @@ class LATTICE(MultimodalRecommender):
             h = self.item_part(self._constant, item)
             self._keep_momentum()
         users, items = self.propagate(user, item)
-        users, items = users[user_of], (items + normalize(h, dim=1))[item_of]
+        users, items = users[user_of], (items + unit_rows(h))[item_of]
         pos, neg = items.chunk(2)
         ranking = bpr((users * pos).sum(1), (users * neg).sum(1))
         return ranking + self.reg_weight * 0.5 * (users.pow(2).sum() + items.pow(2).sum()) / self.batch_size

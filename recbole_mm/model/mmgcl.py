@@ -19,12 +19,11 @@ Shapes: B batch, U users, I items (row 0 padding), d embedding_size, C = 1 + num
 import torch
 from recbole.utils import InputType
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.layer.contrastive import bpr, info_nce
 from recbole_mm.layer.fusion import ChannelEncoder, FixedGraphEncoder
-from recbole_mm.layer.graph import BipartiteGraph, BipartiteOperator
+from recbole_mm.layer.graph import BipartiteGraph, BipartiteOperator, unit_rows
 from recbole_mm.model.base import MultimodalRecommender
 
 TASKS = ("ED", "MM", "ED+MM", "ED+MM+CN")
@@ -155,11 +154,11 @@ class MMGCL(MultimodalRecommender):
         users, items = view
         user, user_of = user.unique(return_inverse=True)
         item, item_of = pos.unique(return_inverse=True)
-        u = normalize(self.read_user(users[user]), dim=1)
-        i = normalize(self.read_item(items[item]), dim=1)
+        u = unit_rows(self.read_user(users[user]))
+        i = unit_rows(self.read_item(items[item]))
         extra = None
         if replaced is not None:
-            n = normalize(self.read_item(self.composite(items[pos], items[neg], replaced)), dim=1)
+            n = unit_rows(self.read_item(self.composite(items[pos], items[neg], replaced)))
             extra = (u[user_of] * n).sum(1)
         return info_nce(u, i, self.ssl_temperature, user_of, item_of, extra)
 

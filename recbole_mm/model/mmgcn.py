@@ -19,11 +19,11 @@ Shapes: B batch, U users, I items (row 0 padding), d embedding_size, w width of 
 import torch
 from recbole.utils import InputType
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu, linear, normalize
+from torch.nn.functional import leaky_relu_, linear
 
 from recbole_mm.layer.contrastive import bpr
 from recbole_mm.layer.fusion import unit_features
-from recbole_mm.layer.graph import BipartiteGraph, BipartiteOperator, SparseOperator, pick
+from recbole_mm.layer.graph import BipartiteGraph, BipartiteOperator, SparseOperator, pick, unit_rows
 from recbole_mm.model.base import MultimodalRecommender
 
 
@@ -125,7 +125,7 @@ class Branch(nn.Module):
         for k in range(len(self.conv)):
             rows = (users, items) if k == last else (None, None)
             if k == 0:
-                x_users, (message_users, own_items) = normalize(self.preference, dim=1), self._item_input()
+                x_users, (message_users, own_items) = unit_rows(self.preference), self._item_input()
             else:
                 x_users, x_items = outputs[-1]
                 message_users, own_items = x_items @ self.conv[k], None
@@ -154,26 +154,27 @@ class Branch(nn.Module):
         With the linear map before the graph, x_0 = (X M' + b) / |X M' + b|: the maps that follow are multiplied into M first, so that the
         raw features, which are narrower and need no gradient, are what the large products see.
         """
-        after = torch.cat([self.conv[0], self.self_map[0].weight.T], 1)  # [w, w + d]
+        maps = self.conv[0], self.self_map[0].weight.T
         if self.mlp is None:
-            both = self._unit_features() @ after
+            unit = self._unit_features()
+            message, own = (unit @ after for after in maps)
         else:
             raw = self._features()
-            length = self.mlp(raw).norm(dim=1, keepdim=True).clamp_min(1e-12)
-            if raw.shape[1] < len(after):
-                both = torch.addmm(self.mlp.bias @ after, raw, self.mlp.weight.T @ after) / length
+            latent = self.mlp(raw)
+            inverse = 1 / latent.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            if raw.shape[1] < latent.shape[1]:
+                message, own = (torch.addmm(self.mlp.bias @ after, raw, self.mlp.weight.T @ after) * inverse for after in maps)
             else:
-                both = self.mlp(raw) @ after / length
-        message, own = both.split([self.conv[0].shape[1], self.self_map[0].out_features], 1)
+                message, own = (latent @ after * inverse for after in maps)
         return message, own + self.self_map[0].bias
 
     def _combined(self, k: int, aggregated: Tensor, own: Tensor, ids: Tensor) -> Tensor:
         """x_k from the aggregated messages c_k, G_k x_{k-1} and the ids; the product with [h, x] is split instead of concatenating."""
-        h, own, layer = leaky_relu(aggregated), leaky_relu(own) + ids, self.combine[k]
+        h, own, layer = leaky_relu_(aggregated), leaky_relu_(own) + ids, self.combine[k]
         if not self.concat:
-            return leaky_relu(layer(h) + own)
+            return leaky_relu_(layer(h) + own)
         weight_h, weight_own = layer.weight.split([h.shape[1], own.shape[1]], 1)
-        return leaky_relu(torch.addmm(linear(h, weight_h, layer.bias), own, weight_own.T))
+        return leaky_relu_(torch.addmm(linear(h, weight_h, layer.bias), own, weight_own.T))
 
 
 def _limited(operator: SparseOperator, rows: Tensor | None) -> SparseOperator:

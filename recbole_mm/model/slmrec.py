@@ -20,11 +20,10 @@ Shapes: B batch, U users, I items (row 0 padding), d embedding_size, C = 1 + num
 
 from recbole.utils import InputType
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from recbole_mm.layer.contrastive import info_nce
 from recbole_mm.layer.fusion import ChannelEncoder, FixedGraphEncoder
-from recbole_mm.layer.graph import BipartiteGraph
+from recbole_mm.layer.graph import BipartiteGraph, unit_rows
 from recbole_mm.model.base import MultimodalRecommender
 
 
@@ -76,7 +75,7 @@ class SLMRec(MultimodalRecommender):
 
     def main_loss(self, users: Tensor, items: Tensor, user_of: Tensor, item_of: Tensor) -> Tensor:
         """InfoNCE from each pair's user to the items of the batch, on unit-length final vectors."""
-        return info_nce(normalize(users, dim=1), normalize(items, dim=1), self.temperature, user_of, item_of, distinct=self.distinct_items)
+        return info_nce(unit_rows(users), unit_rows(items), self.temperature, user_of, item_of, distinct=self.distinct_items)
 
     def chain_losses(self, items: Tensor, item_of: Tensor) -> list[Tensor]:
         """One InfoNCE for each modality, between the query passed on along the chain and that modality's key, from channels [P, C d] of distinct items."""
