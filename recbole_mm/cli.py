@@ -22,7 +22,7 @@ COMMANDS = {
     "convert": ("recbole_mm.data.convert:main", "bring data of other formats into RecBole's"),
     "describe": ("recbole_mm.data.card:main", "write a dataset's card: sizes, coverage, cold items"),
     "synthetic": ("recbole_mm.data.synthetic:main", "make a shop with planted tastes, of any size"),
-    "perpeft-analysis": ("recbole_mm.trainer.perpeft_analysis:main", "PerPEFT: parameters added, training time, attention maps"),
+    "perpeft-analysis": ("recbole_mm.report.perpeft_analysis:main", "PerPEFT: parameters added, training time, attention maps"),
 }
 
 HELP = """\

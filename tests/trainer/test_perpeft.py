@@ -216,3 +216,16 @@ def test_wrong_settings_are_explained(settings, wrong, message):
     with pytest.raises(UserError, match=message):
         config, model, *_ = prepared(settings, **wrong)
         PerPEFTTrainer(config, model)
+
+
+def test_attention_of_a_run_is_drawn(settings):
+    from PIL import Image
+
+    from recbole_mm.report.perpeft_analysis import main
+
+    result = run(config_dict={**settings, "epochs": 2, "global_epochs": 1})
+    main(["attention", f"--run={result['run_dir']}", "--items=2"])
+    pictures = list((Path(result["run_dir"]) / "figures").glob("perpeft_attention_*.png"))
+    assert len(pictures) == 2 and all(Image.open(p).size[0] > 4 * 168 for p in pictures)
+    main(["parameters", f"--run={result['run_dir']}", "--kinds=lora", "--groups=3"])
+    assert (Path(result["run_dir"]) / "figures" / "perpeft_parameters.png").is_file()

@@ -1,0 +1,195 @@
+"""Does a group's own adapter help? PerPEFT against Global PEFT against frozen features on a shop with planted taste groups.
+
+All scopes start from the same small CLIP, made by `recbole-mm finetune` from the shop's own pictures and texts, and train for the same number
+of epochs; the epoch that is best on validation is tested. `planted` is PerPEFT with the planted groups in place of KMeans': how much
+groups could help at all. SASRec is RecBole's, with the user's history masked as for the others.
+
+Every finished run is kept in <results>/perpeft.json, so the script can be interrupted and goes on where it was.
+
+Usage: python benchmarks/quality_perpeft.py --work FOLDER [--seeds 1,2,3] [--variants none,global,personalized,global_negatives,planted,SASRec]
+       [--users 1000 --items 1000 --interactions 20000 (other sizes make a new shop)] [--kind iisan] [--settings '{"epochs": 60}']
+"""
+
+import argparse
+import csv
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from sklearn.metrics import adjusted_rand_score
+
+from recbole_mm.data.synthetic import make_shop, write_shop
+from recbole_mm.encoder.finetune import main as finetune
+from recbole_mm.files import write_json, write_text
+from recbole_mm.model.perpeft.model import PerPEFTSASRec
+from recbole_mm.paths import bundled_dataset_dir
+from recbole_mm.quick_start import run
+
+SIZES = {
+    "joint_width": 64, "width": 64, "layers": 3, "heads": 2, "patch_size": 8, "image_size": 32, "text_width": 64, "text_layers": 2,
+    "text_heads": 2, "context": 32,
+}  # fmt: skip
+COMMON = {
+    "use_gpu": False, "show_progress": False, "tensorboard": False, "state": "WARNING", "save_last": False, "stopping_step": 10_000,
+    "metrics": ["Hit", "NDCG"], "topk": [10, 20, 30], "valid_metric": "NDCG@20", "mask_history": True, "metric_decimal_place": 7,
+    "MAX_ITEM_LIST_LENGTH": 10, "negative_items": "train", "encoder": None,
+}  # fmt: skip
+VARIANTS = {
+    "none": {"peft_scope": "none"},
+    "global": {"peft_scope": "global"},
+    "personalized": {"peft_scope": "personalized"},
+    "global_negatives": {"peft_scope": "personalized", "group_negatives": False},
+    "planted": {"peft_scope": "personalized"},
+    "SASRec": {"learning_rate": 1e-3, "train_batch_size": 512, "hidden_size": 32, "inner_size": 32, "n_heads": 4, "hidden_dropout_prob": 0.3, "attn_dropout_prob": 0.3},
+}  # fmt: skip
+PLANTED = PerPEFTSASRec.assign_groups
+
+
+def prepare(work: Path, args) -> tuple[Path, str, dict[str, int]]:
+    """Folder and name of the shop, and each user's planted group."""
+    sizes = (args.users, args.items, args.interactions)
+    if sizes == (1000, 1000, 20000):
+        root, name = bundled_dataset_dir(), "shop"
+    else:
+        root, name = work / "data", f"shop-{args.users}-{args.items}-{args.interactions}"
+        if not (root / name / "shop.json").is_file():
+            write_shop(make_shop(*sizes, reviews=False), root / name)
+    truth = np.load(root / name / "truth.npz")
+    return root, name, dict(zip(truth["user_tokens"].tolist(), truth["group"].tolist()))
+
+
+def small_clip(work: Path, root: Path, name: str) -> Path:
+    """The CLIP that all scopes start from."""
+    folder = work / f"clip-{name}"
+    if not (folder / "encoder" / "config.json").is_file():
+        words = [f"--dataset={name}", f"--data_path={root}", "--encoder=tiny-clip", f"--output={folder}", "--use_gpu=false"]
+        finetune([*words, "--text_fields=[title,description]", f"--encoder_sizes={json.dumps(SIZES)}"])
+    return folder / "encoder"
+
+
+def planted_groups(model: PerPEFTSASRec, truth: dict[str, int]) -> torch.Tensor:
+    """PerPEFT's step from one adapter to many, with the planted groups."""
+    PLANTED(model)
+    tokens = model.dataset.id2token(model.dataset.uid_field, range(1, model.n_users))
+    model.user_group.copy_(torch.tensor([0, *(truth[str(token)] for token in tokens)]))
+    model._reset()
+    return model.user_group
+
+
+def one(variant: str, seed: int, kind: str, root: Path, name: str, clip: Path, truth: dict, settings: dict, work: Path) -> dict:
+    given = {**COMMON, "seed": seed, "data_path": str(root), "checkpoint_dir": str(work / "runs"), **VARIANTS[variant]}
+    if variant == "SASRec":
+        given["epochs"] = settings.get("epochs", 50)
+        given["load_col"] = {"inter": ["user_id", "item_id", "timestamp"]}
+    else:
+        given = {
+            "pretrained": str(clip), "peft_kind": kind, "iisan_states": 3, "n_groups": 6, "text_fields": ["title", "description"],
+            "encoder_text_length": 24, "encoder_precision": "fp32", "weight_scalar": 0.2, "train_batch_size": 64, "learning_rate": 5e-3,
+            **given, **settings,
+        }  # fmt: skip
+    PerPEFTSASRec.assign_groups = (lambda model: planted_groups(model, truth)) if variant == "planted" else PLANTED
+    begin = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = run("SASRec" if variant == "SASRec" else "PerPEFTSASRec", name, config_dict=given)
+    record = result["record"]
+    out = {
+        "variant": variant, "seed": seed, "kind": kind, "dataset": name, "settings": settings, "valid": record["best_valid_score"],
+        "best_epoch": record["best_epoch"], "test": record["test"], "groups": record["test_groups"], "parameters": record["parameters"],
+        "epochs": len(record["epochs"]), "epoch_s": float(np.median([e["time_s"] for e in record["epochs"]])),
+        "total_s": time.perf_counter() - begin, "valid_curve": [e["valid"]["ndcg@20"] for e in record["epochs"] if e["valid"]],
+    }  # fmt: skip
+    file = Path(result["run_dir"]) / "groups.csv"
+    if file.is_file():
+        with open(file, newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        out["ari"] = adjusted_rand_score([truth[row["user"]] for row in rows], [row["group"] for row in rows])
+    return out
+
+
+def compare(a: list[float], b: list[float]) -> tuple[float, float]:
+    """Difference of means and its standard error."""
+    return float(np.mean(a) - np.mean(b)), float(np.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)))
+
+
+def markdown(runs: list[dict]) -> str:
+    """One table per shop, kind and settings, with the comparisons that the paper makes."""
+    lines = ["# PerPEFT-SASRec on the shop", "", __doc__.split("\n\n")[1], ""]
+    keys = list(dict.fromkeys((r["dataset"], r["kind"], json.dumps(r["settings"], sort_keys=True)) for r in runs))
+    for dataset, kind, settings in keys:
+        mine = [r for r in runs if (r["dataset"], r["kind"], json.dumps(r["settings"], sort_keys=True)) == (dataset, kind, settings)]
+        lines += [f"## {dataset}, {kind}, {settings}", ""]
+        lines += [
+            "| variant | seeds | NDCG@20 | HR@20 | NDCG@20 valid | ARI of the groups | parameters | s/epoch |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        scores = {}
+        for variant in VARIANTS:
+            of = [r for r in mine if r["variant"] == variant]
+            if not of:
+                continue
+            scores[variant] = [r["test"]["ndcg@20"] for r in of]
+
+            def cell(values, digits=4):
+                spread = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+                return f"{np.mean(values):.{digits}f}{spread}"
+
+            ari = [r["ari"] for r in of if "ari" in r and variant != "planted"]
+            lines.append(
+                f"| {variant} | {len(of)} | {cell(scores[variant])} | {cell([r['test']['hit@20'] for r in of])} | {cell([r['valid'] for r in of])} | "
+                f"{cell(ari, 3) if ari else '-'} | {of[0]['parameters']:,} | {np.median([r['epoch_s'] for r in of]):.2f} |"
+            )
+        lines.append("")
+        pairs = (("personalized", "global"), ("global", "none"), ("personalized", "global_negatives"), ("planted", "global"))
+        for a, b in pairs:
+            if len(scores.get(a, ())) > 1 and len(scores.get(b, ())) > 1:
+                difference, error = compare(scores[a], scores[b])
+                verdict = "more than" if difference > 2 * error else "not more than"
+                lines.append(f"* {a} - {b}: {difference:+.4f}, standard error {error:.4f} ({verdict} twice).")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--variants", default="none,global,personalized,global_negatives,planted,SASRec")
+    parser.add_argument("--kind", default="iisan")
+    parser.add_argument("--users", type=int, default=1000)
+    parser.add_argument("--items", type=int, default=1000)
+    parser.add_argument("--interactions", type=int, default=20000)
+    parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "quality")
+    args = parser.parse_args()
+    root, name, truth = prepare(args.work, args)
+    clip = small_clip(args.work, root, name)
+    file = args.results / "perpeft.json"
+    for seed in map(int, args.seeds.split(",")):
+        for variant in args.variants.split(","):
+            runs = json.loads(file.read_text()) if file.is_file() else []
+            key = (variant, seed, args.kind, name, args.settings)
+            if any((r["variant"], r["seed"], r["kind"], r["dataset"], r["settings"]) == key for r in runs):
+                continue
+            done = one(variant, seed, args.kind, root, name, clip, truth, args.settings, args.work)
+            runs = json.loads(file.read_text()) if file.is_file() else []
+            write_json(file, [*runs, done])
+            write_text(args.results / "perpeft.md", markdown([*runs, done]))
+            print(
+                variant,
+                seed,
+                {k: round(v, 4) for k, v in done["test"].items()},
+                f"ARI {done.get('ari')}",
+                f"{done['total_s']:.0f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
