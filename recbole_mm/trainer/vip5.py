@@ -54,6 +54,8 @@ class VIP5Trainer(Trainer):
         super().__init__(config, model)
         self.extra_results: dict = {"protocol": self.protocol()}
         self.valid_metric = str(config["valid_metric"]).lower()
+        if "/" not in self.valid_metric:  # Config falls back to a plain metric when only `topk` or `metrics` was changed
+            self.valid_metric = f"{next(iter(model.eval_prompts))}/{self.valid_metric}"
         task = self.valid_metric.split("/")[0]
         if config["stop_on"] != "loss" and task not in model.eval_prompts:
             raise UserError(f"valid_metric: {config['valid_metric']} belongs to the task {task}, which this run does not evaluate. Tasks: {', '.join(model.eval_prompts)}.")  # fmt: skip
