@@ -43,7 +43,11 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["recbole_mm", "recbole_mm.*"]), "recbole_mm.properties", "recbole_mm.dataset"],
     package_dir={"recbole_mm.properties": "properties", "recbole_mm.dataset": "dataset"},
-    package_data={"recbole_mm.properties": data_files("properties"), "recbole_mm.dataset": data_files("dataset")},
+    package_data={
+        "recbole_mm.properties": data_files("properties"),
+        "recbole_mm.dataset": data_files("dataset"),
+        "recbole_mm.report": ["page.html"],
+    },
     install_requires=[
         # RecBole pins ray <= 2.6.3, which has no wheel for Python >= 3.12; there one installs it by `pip install --no-deps recbole==1.2.1`.
         'recbole==1.2.1; python_version < "3.12"',
@@ -58,6 +62,12 @@ setup(
         "pillow>=10.3",
         "safetensors>=0.4.5",
         "huggingface_hub>=0.27",
+        "tokenizers>=0.21",
+        "timm>=1.0.12",
+        "sacrebleu>=2.4",
+        "rouge-score>=0.1.2",
+        "pyarrow>=17",
+        "jinja2>=3.1",
     ],
     extras_require={
         "test": ["pytest>=8.0", "hypothesis>=6.100", "packaging>=23.0", "ruff>=0.9"],
@@ -68,6 +78,7 @@ setup(
             "lightgbm>=4.0",
             "xgboost>=2.0",
         ],  # RecBole's NCL, LDiffRec, LightGBM, XGBoost
+        "services": ["selenium>=4.20", "psycopg[binary]>=3.1"],  # tests in a real browser and on a real database; searches on PostgreSQL
         "docs": ["mkdocs-material>=9.5"],
     },
     entry_points={"console_scripts": ["recbole-mm = recbole_mm.cli:entry"]},
