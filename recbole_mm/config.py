@@ -206,9 +206,12 @@ class Config(RecBoleConfig):
             else folder / "model" / f"{model}.yaml"
         )
         per_dataset = {}
-        for path in (folder / "overall.yaml", model_file, folder / "dataset" / f"{dataset}.yaml"):
+        own = self._data_root / dataset / f"{dataset}.yaml"  # the dataset's own file, as recbole-mm convert writes it
+        for path in (folder / "overall.yaml", model_file, folder / "dataset" / f"{dataset}.yaml", own):
             if path.is_file():
                 read = load_yaml(path)
+                if path == own and (unknown := [key for key in read if not is_known(key)]):
+                    raise UserError(f"Unknown key {unknown[0]!r} in {own}.{nearest(unknown[0], listed_keys())}")
                 if path == model_file:
                     per_dataset = (read.pop("per_dataset", None) or {}).get(dataset) or {}
                 self.internal_config_dict.update(read)
