@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
     """``recbole-mm search --model=LATTICE --dataset=tiktok --params-file=properties/tuning/LATTICE.hyper [--strategy=tpe|random|grid]
     [--trials=20] [--pruner=median|hyperband|none] [--jobs=1] [--storage=URL] [--out=saved/search-<model>-<dataset>] [--key=value ...]``:
     search hyperparameters. The defaults are the first trial; selection is on validation, the test is reported once. Started again, it
-    continues. ``--storage`` may be any Optuna storage, e.g. postgresql://user@host/db; processes that name the same one share the study.
+    continues. ``--storage`` may be any Optuna storage, e.g. postgresql+psycopg://user@host/db; processes that name the same one share the study.
     """
     from recbole_mm.tuning.search import Search, quiet, start_jobs
     from recbole_mm.tuning.space import read_space

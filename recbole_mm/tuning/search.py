@@ -44,7 +44,7 @@ class Search:
         strategy: grid, random or tpe.
         trials: how many, defaults included; None: the whole grid, 20 otherwise.
         pruner: none, median or hyperband; they stop a trial that falls behind on validation.
-        storage: an Optuna storage URL (``sqlite:///...``, ``postgresql://...``, ``journal:file``); None: SQLite in `folder`.
+        storage: an Optuna storage URL (``sqlite:///...``, ``postgresql+psycopg://...``, ``journal:file``); None: SQLite in `folder`.
         settings: further settings of every trial.
         config_files: YAML files of every trial.
         seed: of the sampler; each trial trains with the run's own ``seed``.

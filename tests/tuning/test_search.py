@@ -2,9 +2,13 @@
 
 import csv
 import json
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -143,6 +147,39 @@ def check_shared_storage(settings, storage):
 
 def test_two_processes_share_a_sqlite_study(tastes):
     check_shared_storage(tastes, "sqlite:///o.db")
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_postgresql_study(tastes, tmp_path):
+    """A real server on loopback, started here from Debian's package (.ci/extra installs it) as the user postgres."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed (.ci/extra installs it)")
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("PostgreSQL is not installed (.ci/extra installs it)")
+    binaries = programs[-1].parent
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home = Path(tempfile.mkdtemp(prefix="pg"))
+    as_user = {}
+    if os.geteuid() == 0:  # the server refuses to run as root
+        shutil.chown(home, "postgres")
+        as_user = {"user": "postgres"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "cwd": home, **as_user}
+    subprocess.run([binaries / "initdb", "-D", home / "data", "-A", "trust", "-U", "tester", "--no-sync"], check=True, **quiet)
+    server = subprocess.Popen([binaries / "postgres", "-D", home / "data", "-p", str(port), "-h", "127.0.0.1", "-k", home], **quiet)
+    try:
+        deadline = time.monotonic() + 60
+        while (
+            subprocess.run([binaries / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], **quiet).returncode
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.2)
+        check_shared_storage(tastes, f"postgresql+psycopg://tester@127.0.0.1:{port}/postgres")
+    finally:
+        server.send_signal(signal.SIGINT)  # at once; a polite stop waits for the pool of this process
+        server.wait(30)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.mark.slow
