@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -57,3 +58,36 @@ def derived_folder(folder: str | os.PathLike) -> Path:
         return folder
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "recbole_mm" / f"{folder.name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
+
+
+@contextmanager
+def locked(path: str | os.PathLike) -> Iterator[None]:
+    """Hold the lock file `path`; other processes of this machine wait. The system lets go of it when a process is killed.
+
+    Windows has no such locks in Python's library; there nobody waits.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        stream = open(path, "a")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            logging.getLogger().info(f"Another process is at work on {path.stem.lstrip('.')}; waiting for it.")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            if os.fstat(stream.fileno()).st_ino == os.stat(path).st_ino:
+                break  # else its last holder removed it while we waited
+        except FileNotFoundError:
+            pass
+        stream.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        stream.close()

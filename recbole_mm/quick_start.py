@@ -147,6 +147,7 @@ def _run(config, run_dir, record, begin, saved, resuming, callback, test) -> dic
     logger.info(f"Run directory: {run_dir}")
     dataset, train_data, valid_data, test_data = _prepare(config)
     logger.info(str(dataset))
+    record["encoder"] = config["encoder"]  # a dataset with pictures or texts but no features gets those of classic
     record["data"] = {
         "fingerprint": config["data_fingerprint"],
         "users": dataset.user_num - 1,

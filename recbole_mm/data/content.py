@@ -78,13 +78,10 @@ class ItemContent:
 
     # texts
 
-    def _read(self) -> dict[str, list[str]]:
-        """Columns of the item file by field name, in the order of `tokens`; empty strings where an item or field is absent."""
-        if self._columns is not None:
-            return self._columns
-        self._columns = {}
+    def _read_table(self) -> pd.DataFrame | None:
+        """The item file as raw strings, or None where the dataset has none."""
         if not self._table_path.is_file():
-            return self._columns
+            return None
         try:
             table = pd.read_csv(self._table_path, sep=self._separator, dtype=str, keep_default_na=False, encoding="utf-8")
         except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error) as error:
@@ -92,16 +89,46 @@ class ItemContent:
                 f"{self._table_path}: expected UTF-8 text with columns separated by {self._separator!r} and a first line of field names ({error})."
             ) from None
         table.columns = [str(column).split(":")[0] for column in table.columns]
-        key = self._id_field if self._id_field in table else table.columns[0]
+        return table
+
+    def _key(self, table: pd.DataFrame) -> str:
+        return self._id_field if self._id_field in table else table.columns[0]
+
+    def _item_tokens(self) -> list[str]:
+        table = self._read_table()
+        return [] if table is None else table[self._key(table)].tolist()
+
+    def _read(self) -> dict[str, list[str]]:
+        """Columns of the item file by field name, in the order of `tokens`; empty strings where an item or field is absent."""
+        if self._columns is not None:
+            return self._columns
+        table = self._read_table()
+        if table is None:
+            self._columns = {}
+            return self._columns
         row_of: dict[str, int] = {}
-        for row, token in enumerate(table[key]):
+        for row, token in enumerate(table[self._key(table)]):
             row_of.setdefault(token, row)  # of an item that stands there twice the first row counts, as in RecBole
         rows = [row_of.get(token, -1) for token in self.tokens]
         rows[0] = -1
-        for column in table.columns:
-            values = table[column].tolist()
-            self._columns[column] = [values[row] if row >= 0 else "" for row in rows]
+        columns = {column: table[column].tolist() for column in table.columns}
+        self._columns = {column: [values[row] if row >= 0 else "" for row in rows] for column, values in columns.items()}
         return self._columns
+
+    @classmethod
+    def catalogue(cls, config) -> "ItemContent":
+        """The content of every item that the files of a run's dataset know, whether anybody interacted with it or not.
+
+        Raises:
+            UserError: when an item token cannot stand in a line of ``item_ids.txt``.
+        """
+        settings = (config["text_fields"] or (), config["image_folder"] or "images", config["dataset"], config["field_separator"])
+        probe = cls(config["data_path"], ["[PAD]"], *settings, config["ITEM_ID_FIELD"])
+        tokens = [*probe._item_tokens(), *sorted(probe._images)]
+        for token in tokens:
+            if token != token.strip() or "\n" in token:
+                raise UserError(f"{probe.folder}: the item token {token!r} begins or ends with a blank, or holds a line break. Rename it.")
+        return cls(config["data_path"], ["[PAD]", *dict.fromkeys(token for token in tokens if token)], *settings, config["ITEM_ID_FIELD"])
 
     @property
     def fields(self) -> list[str]:
@@ -115,8 +142,9 @@ class ItemContent:
 
     @property
     def has_texts(self) -> bool:
-        """Whether the dataset has at least one of the text fields."""
-        return any(field in self._read() for field in self.text_fields)
+        """Whether any item has a text."""
+        columns = self._read()
+        return any(value.strip() for field in self.text_fields for value in columns.get(field, ()))
 
     def title(self, item: int) -> str:
         """The item's title, or what comes nearest to one; empty where the dataset has none."""

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import recbole
 import torch
 from recbole.data.dataset import Dataset, SequentialDataset
@@ -20,31 +21,48 @@ class _Shared:
         self.fingerprint: str | None = None
         self.content: ItemContent | None = None
 
+    def __deepcopy__(self, memo):
+        return self  # features are data, not state
+
+    def __getstate__(self):
+        return {"features": None, "fingerprint": None, "content": None}  # a pickled dataset reads its files again
+
 
 def features_for(config, dataset) -> dict[str, torch.Tensor]:
     """Item features of a run: modality -> float tensor [item_num, F], row 0 zero, in the order of ``modalities``.
 
-    They come from the feature set that ``feature_set`` or ``encoder`` names, else from the dataset's folder. A named encoder's set that
-    does not exist yet is made from pictures and texts first. A dataset without features gives an empty dict.
+    They come from the feature set that ``feature_set`` or ``encoder`` names, else from the dataset's folder. Modalities that are asked for
+    by name and that the set does not have (acoustic, as a rule) are taken from the dataset's folder as well. In end-to-end training the
+    encoder makes its own, and only what lies in the dataset's folder is read. A dataset without features gives an empty dict.
 
     Raises:
         UserError: when they do not fit; see :mod:`recbole_mm.data.features`.
     """
-    folder = feature_files.set_folder(config)
-    tokens = dataset.field2id_token[dataset.iid_field]
-    modalities = config["modalities"]
-    if not feature_files.feature_files(folder) and folder != Path(config["data_path"]):
-        beside = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+    root, folder = Path(config["data_path"]), feature_files.set_folder(config)
+    tokens, missing = dataset.field2id_token[dataset.iid_field], config["missing_modality"] or "mean"
+    wanted = list(config["modalities"] or [])
+    of_set, of_root = feature_files.feature_files(folder), feature_files.feature_files(root)
+    if config["encoder_training"] == "end2end":
+        of_set, folder, wanted = of_root, root, [name for name in wanted if name in of_root]
+        if not wanted:
+            return {}
+    if not of_set and folder != root:
+        verb = "finetune" if config["encoder_training"] == "finetuned" else "extract"
         raise UserError(
-            f"There is no feature set {folder}. There are {', '.join(beside) or 'none'}; "
-            f"`recbole-mm {'finetune' if config['encoder_training'] == 'finetuned' else 'extract'} --dataset={config['dataset']} --encoder={config['encoder'] or 'classic'}` makes one."
+            f"There is no feature set {folder}. There are {', '.join(feature_files.set_names(config)) or 'none'}; "
+            f"`recbole-mm {verb} --dataset={config['dataset']} --encoder={config['encoder'] or 'classic'}` makes one."
         )
-    if not feature_files.feature_files(folder):
-        if modalities:
-            raise UserError(f"modalities: {', '.join(modalities)} asked for, but {folder} has no feature files.")
+    if not of_set:
+        if wanted:
+            raise UserError(f"modalities: {', '.join(wanted)} asked for, but {folder} has no feature files.")
         return {}
-    tables = feature_files.load_feature_set(folder, tokens, modalities, config["missing_modality"] or "mean")
-    return {name: torch.from_numpy(table) for name, table in tables.items()}
+    beside = [name for name in wanted if name not in of_set and name in of_root]
+    chosen = [name for name in wanted if name not in beside] or (None if not beside else [])
+    tables = feature_files.load_feature_set(folder, tokens, chosen, missing) if chosen != [] else {}
+    if beside:
+        tables.update(feature_files.load_feature_set(root, tokens, beside, missing))
+        logging.getLogger().info(f"{', '.join(beside)} from {root}, as {folder} has no such features")
+    return {name: torch.from_numpy(tables[name]) for name in (wanted or tables)}
 
 
 class MultimodalMixin:
@@ -119,4 +137,41 @@ class MultimodalDataset(MultimodalMixin, Dataset):
 
 
 class MultimodalSequentialDataset(MultimodalMixin, SequentialDataset):
-    """RecBole's SequentialDataset with item features and contents."""
+    """RecBole's SequentialDataset with item features and contents.
+
+    Ready splits (``benchmark_filename``) may hold plain interactions: RecBole wants each row to come with the list of items before it.
+    Here the sequences are made from the rows, those of a user in the order training, validation, test and by time within each, so that
+    no training row sees a later part. Files that already have ``item_id_list`` are taken as they are.
+    """
+
+    _plain_ready_splits = False
+
+    def _benchmark_presets(self):
+        if self.iid_field + self.config["LIST_SUFFIX"] in self.inter_feat:
+            super()._benchmark_presets()
+            return
+        if self.time_field is None or self.time_field not in self.inter_feat:
+            raise UserError(
+                f"{self.dataset_name}: sequential models need the time of each interaction, but the ready splits were loaded without the column "
+                f"{self.time_field!r}. Name it in load_col, e.g. {{inter: [user_id, item_id, timestamp]}}; where the files have none, use a general model."
+            )
+        self._plain_ready_splits = True
+
+    def _change_feat_format(self):
+        super()._change_feat_format()
+        if not self._plain_ready_splits:
+            return
+        user, time = self.inter_feat[self.uid_field].numpy(), self.inter_feat[self.time_field]
+        part = np.repeat(np.arange(len(self.file_size_list)), self.file_size_list)
+        order = np.lexsort((time.numpy(), part, user))
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(1, len(order) + 1)
+        self.inter_feat[self.time_field] = torch.from_numpy(place)  # RecBole sorts by this; 0 stays for padding
+        self.data_augmentation()
+        times = torch.cat([time.new_zeros(1), time[torch.from_numpy(order)]])
+        targets = self.inter_feat[self.time_field].long()
+        for field in (self.time_field, self.time_field + self.config["LIST_SUFFIX"]):
+            self.inter_feat[field] = times[self.inter_feat[field].long()]
+        part_of_row = torch.from_numpy(part[order])[targets - 1]
+        self.inter_feat = self.inter_feat[torch.argsort(part_of_row, stable=True)]
+        self.file_size_list = torch.bincount(part_of_row, minlength=len(self.file_size_list)).tolist()

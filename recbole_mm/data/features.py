@@ -82,7 +82,7 @@ def open_table(path: Path) -> np.ndarray:
     """
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError, OverflowError, TypeError, MemoryError) as error:
+    except Exception as error:  # numpy parses the header with Python's tokenizer: a damaged one raises nearly anything
         size = path.stat().st_size if path.is_file() else 0
         raise UserError(
             f"{path} ({size:,} bytes): expected a whole .npy file of numbers, got something else or only a part ({error}). Write it again."

@@ -8,8 +8,8 @@ signal      what it is                                       who can see it
 picture     ``colour``, ``pattern``, ``shape`` of an item    only its picture (64-pixel JPEG)
 text        ``material``, ``occasion``, ``brand``            only its title, description and brand column
 hidden      ``circle`` and popularity                        nothing but the interactions
-group       each user's group looks at one lead attribute    the whole history of a user
-            and one attribute of the other modality
+group       each user's group looks at four of the six        the whole history of a user
+            attributes, two of each modality, one leading
 order       the lead value of the next item is the           only who reads the history in order
             successor, on the group's own wheel, of the
             last item's
@@ -22,11 +22,11 @@ word        a review names the item's value of the group's   group of the user a
 One choice of user u (group g) after item j is drawn from
 
 .. math:: P(i) \propto \mathrm{pop}_i \exp\bigl( w_f [a_g(i) \in F_g] + w_o [a_g(i) = \sigma_g(a_g(j))] + w_s [b_g(i) \in S_g]
-          + w_u [b_g(i) = s_u] + w_c [c(i) = c_u] \bigr)
+          + w_u [b_g(i) = s_u] + w_a \textstyle\sum_k [e_{gk}(i) \in T_{gk}] + w_c [c(i) = c_u] \bigr)
 
 over the items on sale that u does not own. :math:`a_g` is the group's lead attribute, :math:`F_g` its favourite values in the order of its
-wheel :math:`\sigma_g`, :math:`b_g` its second attribute with favourites :math:`S_g`, of which :math:`s_u` is the user's own, c the hidden
-circle. Pictures and texts of one item are weakly related (`STYLE`: each material tends to come in one colour and so on), as in any shop;
+wheel :math:`\sigma_g`, :math:`b_g` its second attribute with favourites :math:`S_g`, of which :math:`s_u` is the user's own,
+:math:`e_{g1}, e_{g2}` two more attributes with liked values, c the hidden circle. Pictures and texts of one item are weakly related (`STYLE`: each material tends to come in one colour and so on), as in any shop;
 otherwise a contrastive encoder would have nothing to learn from the pairs.
 
 All random numbers are uniform doubles of numpy's PCG64 (other distributions may change between numpy versions), and pictures are
@@ -45,7 +45,7 @@ import pandas as pd
 from recbole_mm.errors import UserError
 from recbole_mm.files import atomic_path, write_json
 
-VERSION = 1
+VERSION = 2
 
 VALUES = {
     "colour": ("red", "orange", "yellow", "green", "blue", "purple"),
@@ -62,16 +62,21 @@ N_VALUES = 6
 N_CIRCLES = 6
 STYLE_PARTNER = {"material": "colour", "occasion": "pattern", "brand": "shape"}
 
-# (lead attribute, second attribute): every attribute leads one group and is second in another; never two related by STYLE_PARTNER.
+# (lead, second, two more): every attribute leads one group, is second in another and ignored by two; two of each group can be seen in the
+# picture, two read in the text; lead and second are never related by STYLE_PARTNER.
 GROUPS = (
-    ("colour", "occasion"),
-    ("pattern", "brand"),
-    ("shape", "material"),
-    ("material", "pattern"),
-    ("occasion", "shape"),
-    ("brand", "colour"),
+    ("colour", "occasion", "pattern", "brand"),
+    ("pattern", "brand", "shape", "material"),
+    ("shape", "material", "colour", "occasion"),
+    ("material", "pattern", "occasion", "colour"),
+    ("occasion", "shape", "brand", "pattern"),
+    ("brand", "colour", "material", "shape"),
 )
-N_FAVOURITES = 3
+LEADS = np.array([ATTRIBUTES.index(names[0]) for names in GROUPS])
+SECONDS = np.array([ATTRIBUTES.index(names[1]) for names in GROUPS])
+OTHERS = np.array([[ATTRIBUTES.index(name) for name in names[2:]] for names in GROUPS])
+N_FAVOURITES = 3  # liked values of lead and second attribute
+N_ALSO = 2  # liked values of each of the two others
 
 NOUNS = ("cushion", "lamp", "tray", "basket", "mug", "bag", "box", "clock", "bowl", "blanket")
 CATEGORY = {
@@ -107,10 +112,11 @@ HEADLINES = {
 }
 
 # Strength of each signal: log odds of an item that has it against one that has not.
-WEIGHTS = {"favourite": 2.0, "order": 2.0, "second": 1.5, "own": 1.5, "circle": 1.0}
+WEIGHTS = {"favourite": 2.0, "order": 2.0, "second": 1.5, "own": 1.5, "also": 1.5, "circle": 0.7}
+POPULARITY = 0.6  # log odds: half the span between the most and the least popular item
 STYLE = 0.4  # probability that a textual attribute repeats the index of its visual partner; else uniform
 COLD_SHARE = 0.15  # share of items that arrive last
-NOVELTY = 0.5  # log odds of a new arrival against an old item, in the last two interactions of a user
+NOVELTY = 1.2  # log odds of a new arrival against an old item, in the last two interactions of a user
 START, SPAN, LATE = 1_704_067_200, 366 * 86_400, 0.9  # first second of 2024, its seconds, share of it before the new items arrive
 
 PICTURE_SIZE = 64
@@ -132,6 +138,7 @@ class Shop:
     group: np.ndarray  # [U]
     favourites: np.ndarray  # [G, N_FAVOURITES] lead values in the order of the wheel
     seconds: np.ndarray  # [G, N_FAVOURITES] liked values of the second attribute
+    also: np.ndarray  # [G, 2, N_ALSO] liked values of the group's two further attributes
     own: np.ndarray  # [U] the value of the second attribute that the user likes best
     user_circle: np.ndarray  # [U]
     user: np.ndarray = field(repr=False)  # [N] index of the user of each interaction, sorted by user, then time
@@ -165,13 +172,14 @@ def make_shop(users: int = 1000, items: int = 1000, interactions: int = 20_000, 
         column = ATTRIBUTES.index(attribute)
         attributes[:, column] = np.where(follows, attributes[:, ATTRIBUTES.index(partner)], attributes[:, column])
     circle = _pick(rng, N_CIRCLES, items)
-    popularity = np.exp(1.2 * (rng.random(items) + rng.random(items) - 1))
+    popularity = np.exp(POPULARITY * (rng.random(items) + rng.random(items) - 1))
     cold = np.zeros(items, bool)
     cold[_permutation(rng, items)[: int(round(COLD_SHARE * items))]] = True
 
     group = _permutation(rng, users) % len(GROUPS)
     favourites = np.stack([_permutation(rng, N_VALUES)[:N_FAVOURITES] for _ in GROUPS])
     seconds = np.stack([_permutation(rng, N_VALUES)[:N_FAVOURITES] for _ in GROUPS])
+    also = np.stack([[_permutation(rng, N_VALUES)[:N_ALSO] for _ in range(2)] for _ in GROUPS])
     own = seconds[group, _pick(rng, N_FAVOURITES, users)]
     user_circle = _pick(rng, N_CIRCLES, users)
 
@@ -179,7 +187,7 @@ def make_shop(users: int = 1000, items: int = 1000, interactions: int = 20_000, 
     extra = -np.log1p(-rng.random(users) * 0.95)
     length = np.floor(5 + extra * (mean - 5) / extra.mean() + rng.random(users)).astype(np.int64).clip(5, items // 3)
 
-    user, item = _draw_histories(rng, attributes, circle, popularity, cold, group, favourites, seconds, own, user_circle, length)
+    user, item = _draw_histories(rng, attributes, circle, popularity, cold, group, favourites, seconds, also, own, user_circle, length)
     timestamp = _draw_times(rng, length)
     rating = _draw_ratings(rng, user, item, attributes, circle, group, favourites, seconds, own, user_circle)
 
@@ -196,27 +204,29 @@ def make_shop(users: int = 1000, items: int = 1000, interactions: int = 20_000, 
         users=pd.DataFrame({"user_id": user_tokens, "name": names}),
         interactions=table.iloc[shuffled].reset_index(drop=True),
         attributes=attributes, circle=circle, popularity=popularity, cold=cold, group=group, favourites=favourites, seconds=seconds,
-        own=own, user_circle=user_circle, user=user, item=item,
+        also=also, own=own, user_circle=user_circle, user=user, item=item,
     )  # fmt: skip
 
 
 def _draw_histories(
-    rng, attributes, circle, popularity, cold, group, favourites, seconds, own, user_circle, length
+    rng, attributes, circle, popularity, cold, group, favourites, seconds, also, own, user_circle, length
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (user, item) of every interaction, sorted by user, then step.
 
-    The utility of an item depends only on its cell (lead value, second value, circle), so a step draws the cell of every user at once
+    Within a group the utility of an item depends on the user only through its cell (lead value, second value, circle), so a step draws the cell of every user at once
     and then an item within the cell by popularity, again if the user owns it: exactly the softmax over all items, at any size.
     """
     n_users, n_cells = len(group), N_VALUES * N_VALUES * N_CIRCLES
     first = np.concatenate([[0], np.cumsum(length)])
     bought = np.full(first[-1], -1, np.int64)
-    phases = (np.where(cold, 0.0, popularity), np.where(cold, popularity * np.exp(NOVELTY), popularity))
 
     lead_value, second_value, cell_circle = np.unravel_index(np.arange(n_cells), (N_VALUES, N_VALUES, N_CIRCLES))
-    for g, (lead, second) in enumerate(GROUPS):
+    for g in range(len(GROUPS)):
         members = np.flatnonzero(group == g)
-        a, b = attributes[:, ATTRIBUTES.index(lead)], attributes[:, ATTRIBUTES.index(second)]
+        a, b = attributes[:, LEADS[g]], attributes[:, SECONDS[g]]
+        liked = sum(np.isin(attributes[:, column], values).astype(float) for column, values in zip(OTHERS[g], also[g]))
+        appeal = popularity * np.exp(WEIGHTS["also"] * liked)
+        phases = (np.where(cold, 0.0, appeal), np.where(cold, appeal * np.exp(NOVELTY), appeal))
         cell = (a * N_VALUES + b) * N_CIRCLES + circle
         order = np.argsort(cell, kind="stable")
         start = np.searchsorted(cell[order], np.arange(n_cells + 1))
@@ -271,8 +281,7 @@ def _draw_times(rng, length) -> np.ndarray:
 
 def _draw_ratings(rng, user, item, attributes, circle, group, favourites, seconds, own, user_circle) -> np.ndarray:
     """1 to 5: how well the item fits the user, order left aside, with noise."""
-    lead = np.array([ATTRIBUTES.index(a) for a, _ in GROUPS])[group[user]]
-    second = np.array([ATTRIBUTES.index(b) for _, b in GROUPS])[group[user]]
+    lead, second = LEADS[group[user]], SECONDS[group[user]]
     a, b = attributes[item, lead], attributes[item, second]
     score = (
         1.6
@@ -287,7 +296,7 @@ def _draw_ratings(rng, user, item, attributes, circle, group, favourites, second
 
 def _add_reviews(rng, table, user, item, attributes, group) -> None:
     """Columns feature_word (the item's value of the group's lead attribute), summary (without it) and review (with it)."""
-    lead = np.array([ATTRIBUTES.index(a) for a, _ in GROUPS])[group[user]]
+    lead = LEADS[group[user]]
     value = attributes[item, lead]
     rating = table["rating"].to_numpy()
     variant = _pick(rng, 2, (2, len(user)))
@@ -326,8 +335,8 @@ def draw_pictures(attributes: np.ndarray, seed: int, size: int = PICTURE_SIZE) -
     Place, size, turn, shade and noise vary from item to item. Each picture depends on the seed and its row number only.
     """
     n = len(attributes)
-    rng = np.random.Generator(np.random.PCG64([seed, 1]))
-    jitter = rng.random((n, 12))
+    jitter = np.random.Generator(np.random.PCG64([seed, 1])).random((n, 12))
+    grain = np.random.Generator(np.random.PCG64([seed, 3]))
     pictures = np.empty((n, size, size, 3), np.uint8)
     fine = 2 * size  # drawn at twice the size and averaged: smooth edges
     y, x = (np.mgrid[:fine, :fine] + 0.5) / fine * 2 - 1
@@ -344,7 +353,7 @@ def draw_pictures(attributes: np.ndarray, seed: int, size: int = PICTURE_SIZE) -
         ground = 0.86 + 0.1 * u[8] + 0.06 * np.array([u[9], u[10], u[11]]) - 0.03
         image = np.where(inside[..., None], np.where(dark[..., None], 0.35 * base, base), ground)
         image = image.reshape(size, 2, size, 2, 3).mean((1, 3))
-        image += 0.03 * (rng.random((size, size, 1)) - 0.5)
+        image += 0.03 * (grain.random((size, size, 1)) - 0.5)
         pictures[row] = np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
     return pictures
 
@@ -431,8 +440,10 @@ def write_shop(shop: Shop, folder: Path, name: str | None = None, pictures: bool
             popularity=shop.popularity.astype(np.float32),
             cold=shop.cold,
             group=shop.group.astype(np.int8),
-            group_lead=np.array([ATTRIBUTES.index(a) for a, _ in GROUPS], np.int8),
-            group_second=np.array([ATTRIBUTES.index(b) for _, b in GROUPS], np.int8),
+            group_lead=LEADS.astype(np.int8),
+            group_second=SECONDS.astype(np.int8),
+            group_others=OTHERS.astype(np.int8),
+            also=shop.also.astype(np.int8),
             favourites=shop.favourites.astype(np.int8),
             seconds=shop.seconds.astype(np.int8),
             own=shop.own.astype(np.int8),
@@ -475,7 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--interactions", type=int, help="default: 20 a user")
     parser.add_argument("--seed", type=int, default=2024)
     parser.add_argument(
-        "--no-pictures", action="store_true", help="no pictures and reviews, but ready feature tables (128 columns): for benchmark sizes"
+        "--no-pictures", action="store_true", help="no pictures and reviews but ready feature tables (128 columns): for benchmark sizes"
     )
     args = parser.parse_args(arguments)
     interactions = 20 * args.users if args.interactions is None else args.interactions

@@ -8,11 +8,13 @@ same to the bit however often it was interrupted and however many processes made
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,11 @@ from tqdm import tqdm
 
 from recbole_mm.config import Config
 from recbole_mm.data.content import ItemContent, open_picture
-from recbole_mm.data.features import META_FILE, feature_files, set_folder, set_name, write_feature_set
+from recbole_mm.data.features import META_FILE, feature_files, set_folder, set_name, set_names, write_feature_set
 from recbole_mm.encoder import build_encoder
 from recbole_mm.encoder.base import Encoder
 from recbole_mm.errors import UserError
-from recbole_mm.files import atomic_path, write_json
+from recbole_mm.files import atomic_path, locked, write_json
 from recbole_mm.parsing import load_yaml, parse_arguments
 from recbole_mm.record import versions
 
@@ -55,23 +57,6 @@ def shaping_settings(config) -> dict[str, Any]:
     if "pretrained" in shaping and shaping["pretrained"] is None:
         shaping["seed"] = config["seed"]  # random weights
     return json.loads(json.dumps(shaping))
-
-
-def catalogue(config) -> ItemContent:
-    """Contents of every item of the dataset's files: those of ``<name>.item``, then those that only have a picture."""
-    folder, name = Path(config["data_path"]), config["dataset"]
-    probe = ItemContent(folder, ["[PAD]"], config["text_fields"] or (), config["image_folder"] or "images", name, config["field_separator"])
-    tokens: dict[str, None] = {}
-    table = folder / f"{name}.item"
-    if table.is_file():
-        import pandas as pd
-
-        ids = pd.read_csv(table, sep=config["field_separator"], dtype=str, keep_default_na=False, usecols=[0]).iloc[:, 0]
-        tokens.update(dict.fromkeys(ids))
-    tokens.update(dict.fromkeys(sorted(probe._images)))
-    return ItemContent(
-        folder, ["[PAD]", *tokens], config["text_fields"] or (), config["image_folder"] or "images", name, config["field_separator"]
-    )
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -118,7 +103,7 @@ def _one_thread(worker: int) -> None:
 class _Work:
     """Distinct inputs of one modality: which items each one serves, in the order in which they are encoded."""
 
-    def __init__(self, modality: str, keys: dict[int, str]):
+    def __init__(self, modality: str, keys: dict[int, str], tokens: list[str]):
         self.modality = modality
         order: dict[str, int] = {}
         self.row_of_item = {item: order.setdefault(key, len(order)) for item, key in keys.items()}
@@ -126,7 +111,7 @@ class _Work:
         for item, row in self.row_of_item.items():
             first.setdefault(row, item)
         self.items = [first[row] for row in range(len(order))]  # one item that has the input
-        self.hash = hashlib.sha256("\n".join(order).encode()).hexdigest()
+        self.hash = hashlib.sha256(json.dumps([[tokens[item], key] for item, key in keys.items()]).encode()).hexdigest()
 
     def reorder(self, order: np.ndarray) -> None:
         place = np.empty(len(order), dtype=np.int64)
@@ -158,14 +143,14 @@ def _plan(content: ItemContent, encoder: Encoder, modalities: list[str]) -> tupl
     keys = {item: _file_key(path) for item, path in pictures.items()} if any(name != "textual" for name in modalities) else {}
     for name in modalities:
         if name == "textual":
-            works[name] = _Work(name, texts)
+            works[name] = _Work(name, texts, content.tokens)
             if prepared is not None and not prepared.is_floating_point():
                 lengths = (prepared[works[name].items] != 0).sum(1).numpy()
                 works[name].reorder(np.argsort(lengths, kind="stable"))
         elif name == "visual":
-            works[name] = _Work(name, keys)
+            works[name] = _Work(name, keys, content.tokens)
         else:  # joint needs both
-            works[name] = _Work(name, {item: keys[item] + "\n" + texts[item] for item in keys if item in texts})
+            works[name] = _Work(name, {item: keys[item] + "\n" + texts[item] for item in keys if item in texts}, content.tokens)
     return works, prepared
 
 
@@ -233,17 +218,35 @@ def extract(config, folder: Path | None = None, *, progress: bool = True, overwr
     Raises:
         UserError: when the dataset has neither pictures nor texts for the encoder, or a different set of that name exists.
     """
-    name = config["encoder"]
-    if name is None:
+    if config["encoder"] is None:
         raise UserError("extract needs --encoder, e.g. --encoder=classic.")
     folder = Path(folder) if folder is not None else set_folder(config)
-    shaping = shaping_settings(config)
-    if feature_files(folder) and (folder / META_FILE).is_file() and not overwrite:
-        check_same(folder, shaping)
-        return folder
+    chosen = None if every_modality else config["modalities"]
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    if processes == 1 and not overwrite and _finished(folder, config, chosen):
+        return folder  # without the lock: the folder may be one that nobody can write to
+    with locked(folder.with_name(f".{folder.name}.lock")) if rank == 0 else nullcontext():
+        _wait_for_all(processes)  # from here on nobody but us writes the set, so all ranks find the same
+        if overwrite or not _finished(folder, config, chosen):
+            _extract(config, folder, chosen, rank, processes, progress, overwrite)
+    return folder
+
+
+def _finished(folder: Path, config, chosen: Sequence[str] | None) -> bool:
+    """Whether `folder` is a whole set with the modalities `chosen`, made with the same settings; other settings are an error."""
+    if not (folder / META_FILE).is_file() or not feature_files(folder):
+        return False
+    check_same(folder, shaping_settings(config))
+    return set(chosen or ()) <= set(feature_files(folder))
+
+
+def _extract(config, folder: Path, chosen: Sequence[str] | None, rank: int, processes: int, progress: bool, overwrite: bool) -> None:
+    """Encode the modalities `chosen` (all that can be, if None) into `folder`, and those it has already; the set's lock is held."""
+    name, shaping = config["encoder"], shaping_settings(config)
     device = torch.device(config["device"])
-    content = catalogue(config)
+    content = ItemContent.catalogue(config)
     if not content.has_images and not content.has_texts:
         raise UserError(
             f"{config['dataset']!r} has neither pictures ({content.folder / (config['image_folder'] or 'images')}) nor texts (columns {', '.join(content.text_fields)} of {config['dataset']}.item); there is nothing to encode."
@@ -253,8 +256,8 @@ def extract(config, folder: Path | None = None, *, progress: bool = True, overwr
     encoder.fit(content)
     there = {"visual": content.has_images, "textual": content.has_texts}
     able = [m for m in encoder.modalities if all(there.values()) or there.get(m, False)]
-    chosen = None if every_modality else config["modalities"]
-    wanted = [m for m in chosen or able if m in encoder.modalities]
+    before = [] if overwrite or not chosen else list(feature_files(folder))  # made again with the others: all tables have the same items
+    wanted = [m for m in [*before, *(m for m in chosen or able if m not in before)] if before or m in encoder.modalities]
     lacking = [m for m in wanted if m not in able]
     if lacking or not wanted:
         raise UserError(
@@ -295,7 +298,6 @@ def extract(config, folder: Path | None = None, *, progress: bool = True, overwr
     if rank == 0:
         _merge(partial, folder, content, encoder, works, precision, shaping)
     _wait_for_all(processes)
-    return folder
 
 
 def _encode_halving(encoder, modality, pictures, texts, device) -> tuple[Tensor, dict[int, str]]:
@@ -330,9 +332,9 @@ def _write_part(partial: Path, modality: str, part: range, rows: Tensor, broken:
 def _begin_partial(partial: Path, key: dict, rank: int, processes: int) -> None:
     """Keep finished parts of the same work, drop those of any other."""
     text = json.dumps(key, sort_keys=True, default=str)
-    if processes > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
     if rank == 0:
+        for left in partial.parent.glob(f".{partial.stem.lstrip('.')}.new-*"):  # of a run that was killed while it moved a set to its place
+            shutil.rmtree(left, ignore_errors=True)
         plan = partial / "plan.txt"
         if partial.is_dir() and (not plan.is_file() or plan.read_text(encoding="utf-8") != text):
             shutil.rmtree(partial)
@@ -409,14 +411,35 @@ def check_same(folder: Path, shaping: dict[str, Any]) -> None:
 
 
 def ensure_features(config) -> None:
-    """Make the feature set of a run if it names an encoder whose set is missing; check that an existing one was made with its settings."""
-    if config["encoder"] is None or config["encoder_training"] != "frozen":
+    """Make the feature set of a run that has pictures or texts but no features; check that an existing set was made with its settings.
+
+    A run that names no encoder takes the features in the dataset's folder. Where there are none, it gets those of ``classic``, which needs
+    no weights; ``config["encoder"]`` says so from then on.
+    """
+    if config["encoder_training"] != "frozen":
         return
+    if config["encoder"] is None:
+        if config["feature_set"] or feature_files(Path(config["data_path"])):
+            return
+        content = ItemContent.catalogue(config)
+        if not content.has_images and not content.has_texts:
+            return
+        config["encoder"] = "classic"
+        others = [name for name in set_names(config) if name != "classic"]
+        logging.getLogger().warning(
+            f"No encoder named and no features in {config['data_path']}: taking --encoder=classic"
+            + (f" (there are also the feature sets {', '.join(others)})." if others else ".")
+        )
     folder = set_folder(config)
-    if not feature_files(folder):
+    there = feature_files(folder)
+    if not there:
         extract(config, folder, progress=bool(config["show_progress"]), every_modality=True)
     elif set_name(config) == config["encoder"]:
         check_same(folder, shaping_settings(config))
+        beside = feature_files(Path(config["data_path"]))
+        lacking = [name for name in config["modalities"] or () if name not in there and name not in beside]
+        if lacking and (folder / META_FILE).is_file():
+            extract(config, folder, progress=bool(config["show_progress"]))
 
 
 def main(arguments: list[str]) -> int:

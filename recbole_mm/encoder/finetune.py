@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from recbole_mm import checkpoint
 from recbole_mm.config import Config
+from recbole_mm.data.content import ItemContent
 from recbole_mm.encoder import build_encoder
 from recbole_mm.encoder import vlmo_losses as vlmo
-from recbole_mm.encoder.extract import catalogue, encoder_settings, extract
+from recbole_mm.encoder.extract import encoder_settings, extract
 from recbole_mm.encoder.inputs import CatalogueInputs
 from recbole_mm.encoder.trainable import TrainableEncoder, decay_groups
 from recbole_mm.errors import UserError
@@ -89,7 +90,7 @@ class Finetuner:
         self.config, self.folder, self.given = config, Path(folder), dict(given or {})
         device = torch.device(config["device"])
         torch.manual_seed(config["seed"])
-        content = catalogue(config)
+        content = ItemContent.catalogue(config)
         encoder = build_encoder(config["encoder"], encoder_settings(config))
         if not isinstance(encoder, TrainableEncoder) or not {"visual", "textual"} <= set(encoder.modalities):
             raise UserError(f"{config['encoder']} has no joint space of pictures and texts to fine-tune. Take clip, tiny-clip or vlmo.")

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.utils import EvaluatorType
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -217,7 +218,7 @@ def evaluate(model, eval_data, config, collector, evaluator, show_progress=False
 
     Args:
         model: any of RecBole's or our models, already holding the weights to be evaluated.
-        eval_data: a `FullSortLoader`, or RecBole's loader for sampled or labeled evaluation.
+        eval_data: a `FullSortLoader`, or one of RecBole's evaluation loaders.
         config: the run's settings.
         collector, evaluator: RecBole's ``Collector`` and ``Evaluator`` of the same settings.
         show_progress: draw a progress bar.
@@ -235,7 +236,7 @@ def evaluate(model, eval_data, config, collector, evaluator, show_progress=False
     if most is not None and most > dataset.item_num:
         raise UserError(f"topk: {most} places cannot be filled from {dataset.item_num - 1} items. Choose a smaller topk.")
     rest = _without(collector, ("rec.topk", "rec.items"))
-    batches = _full_batches(model, eval_data, config, device) if full else _sampled_batches(model, eval_data, config, device)
+    batches = _full_batches(model, eval_data, config, device) if full else _recbole_batches(model, eval_data, config, device)
     total = eval_data.sample_size if full else len(eval_data)
     bar = tqdm(total=total, ncols=100, desc="Evaluate", delay=2, leave=False, disable=not show_progress)
     parts, count = [], 0
@@ -328,12 +329,19 @@ def _pair_scorer(model, loader, config, device):
     return score
 
 
-def _sampled_batches(model, loader, config, device):
-    """The same from RecBole's loader of sampled candidates; for labeled evaluation (value metrics) scores are [B] and the rest is None."""
+def _recbole_batches(model, loader, config, device):
+    """The same from one of RecBole's loaders; for labeled evaluation (value metrics) scores are [B] and the rest is None."""
     size = config["eval_batch_size"]
     item_num, uid, iid = loader._dataset.item_num, config["USER_ID_FIELD"], config["ITEM_ID_FIELD"]
     for interaction, row_index, positive_rows, positive_items in loader:
         interaction = interaction.to(device)
+        if isinstance(loader, FullSortEvalDataLoader):  # RecBole's own: someone built the loaders by RecBole's data_preparation
+            scores = model.full_sort_predict(interaction).view(-1, item_num).float().contiguous()
+            scores[:, 0] = -math.inf
+            if row_index is not None:
+                scores[row_index] = -math.inf
+            yield scores, interaction, interaction[uid], positive_rows.to(device), positive_items.to(device)
+            continue
         pieces = [interaction[slice(start, start + size)] for start in range(0, len(interaction), size)]
         predicted = torch.cat([model.predict(piece).view(-1) for piece in pieces])
         if config["eval_type"] == EvaluatorType.VALUE:

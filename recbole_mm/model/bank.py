@@ -308,8 +308,13 @@ def _encoder_bank(config, dataset, order) -> EncoderBank:
         )
     wanted = config["modalities"] or list(encoder.modalities)
     others = {}
-    if any(m not in encoder.modalities for m in wanted):
-        others = {m: dataset.features[m] for m in wanted if m not in encoder.modalities}
+    for m in wanted:
+        if m not in encoder.modalities:
+            if m not in dataset.features:
+                raise UserError(
+                    f"modalities: {config['encoder']} gives {', '.join(encoder.modalities)}, and {config['data_path']} has no {m}.npy."
+                )
+            others[m] = dataset.features[m]
     encoder.fit(dataset.content)
     encoder.to(config["device"])
     inputs = CatalogueInputs(encoder, dataset.content, config["device"])

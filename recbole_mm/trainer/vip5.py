@@ -113,6 +113,14 @@ class VIP5Trainer(Trainer):
         return max(0.0, (self._total - step) / max(self._total - warmup, 1))
 
     def _step(self) -> None:
+        _, processes = world(self.config)
+        if processes > 1:  # batches of processes differ in tasks, so a parameter may have no gradient in some of them
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= processes
         factor = self.rate_factor(self._done)
         for group, rate in zip(self.optimizer.param_groups, self._base_rates):
             group["lr"] = rate * factor

@@ -142,7 +142,7 @@ class VIP5(SequentialRecommender):
         self.sampling = SamplingSettings(
             sequential=config["sequential_samples"],
             direct=config["direct_samples"],
-            candidates=config["candidates"],
+            candidates=config["train_candidates"] or config["candidates"],
             published=self.published,
             max_history=self.max_seq_length,
             batch_size=config["train_batch_size"],

@@ -110,7 +110,7 @@ class SamplingSettings:
 
     sequential: int = 10
     direct: int = 10
-    candidates: int = 99
+    candidates: int = 99  # other items in a training list
     published: bool = False
     max_history: int = 50
     batch_size: int = 36
