@@ -18,7 +18,6 @@ import sys
 from datetime import date
 from pathlib import Path
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recbole_mm.files import write_json, write_text
