@@ -1,5 +1,7 @@
 """RecBole's datasets with item features and contents."""
 
+import copy
+import pickle
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from recbole_mm import run
 from recbole_mm.config import Config
 from recbole_mm.data.content import ItemContent
 from recbole_mm.data.dataset import MultimodalDataset, MultimodalSequentialDataset
+from recbole_mm.data.features import write_feature_set
 from recbole_mm.errors import UserError
 from recbole_mm.quick_start import _prepare, create_dataset
 from tests.support import DATA, needs_data
@@ -51,8 +54,8 @@ def test_modalities_select(tastes):
 
 
 def test_a_model_of_features_without_features(tastes):
-    for path in Path("dataset/tastes").glob("*.npy"):
-        path.unlink()
+    for path in [*Path("dataset/tastes").glob("*.npy"), Path("dataset/tastes/tastes.item")]:
+        path.unlink()  # with the texts of the .item file there, features would be made from them
     with pytest.raises(UserError, match="VBPR needs item features.*extract"):
         run("VBPR", config_dict=tastes)
     with pytest.raises(UserError, match="visual asked for, but .* has no feature files"):
@@ -114,3 +117,79 @@ def test_ml_100k_text_takes_interactions_from_recbole(tmp_path):
     assert dataset.inter_num == 100_000 and dataset.item_num == 1683
     star_wars = dataset.token2id("item_id", "50")
     assert dataset.content.title(star_wars).startswith("Star Wars") and "George Lucas" in dataset.content.text(star_wars)
+
+
+def test_copies_do_not_copy_the_features(tastes):
+    dataset = build(tastes)
+    table = dataset.features["visual"]
+    assert copy.deepcopy(dataset).features["visual"].data_ptr() == table.data_ptr()
+    assert dataset.copy(dataset.inter_feat).features["visual"] is table
+    state = pickle.dumps(dataset._shared)
+    assert len(state) < 500, "a pickle holds no features"
+
+
+def test_acoustic_files_beside_an_encoders_set(tastes):
+    folder = Path("dataset/tastes")
+    ids = (folder / "item_ids.txt").read_text().split()
+    write_feature_set(folder / "features" / "mine", {"visual": np.ones((len(ids), 3), np.float32)}, ids, {})
+    np.save(folder / "acoustic.npy", np.full((len(ids), 2), 7, np.float32))
+    mixed = build(tastes, feature_set="mine", modalities=["acoustic", "visual"]).features
+    assert list(mixed) == ["acoustic", "visual"] and mixed["visual"].shape[1] == 3 and mixed["acoustic"][1:].eq(7).all()
+    assert list(build(tastes, feature_set="mine").features) == ["visual"], "only what is asked for by name"
+    assert list(build(tastes, feature_set="mine", modalities=["acoustic"]).features) == ["acoustic"]
+    with pytest.raises(UserError, match="Unknown modality 'smell'"):
+        _ = build(tastes, feature_set="mine", modalities=["visual", "smell"]).features
+
+
+def ready(rows_of_parts, columns="user_id:token\titem_id:token\ttimestamp:float"):
+    """Write ready splits of the dataset ``tastes``; rows are (user, item, time)."""
+    for part, rows in zip(("train", "valid", "test"), rows_of_parts):
+        lines = ["\t".join(map(str, row[: columns.count("\t") + 1])) for row in rows]
+        Path(f"dataset/tastes/tastes.{part}.inter").write_text("\n".join([columns, *lines]) + "\n")
+
+
+def test_sequences_from_ready_splits(tastes):
+    """Histories hold what was before, in time and in parts: a training row never sees a later part, whatever the times say."""
+    parts = [
+        [("u1", "i3", 30), ("u1", "i1", 10), ("u2", "i5", 5), ("u1", "i2", 20), ("u2", "i6", 6)],
+        [("u1", "i4", 15)],  # earlier than training items 2 and 3
+        [("u2", "i7", 7), ("u1", "i6", 40), ("u1", "i7", 50)],
+    ]
+    ready(parts)
+    dataset = build(tastes, "SASRec", benchmark_filename=["train", "valid", "test"])
+    found = []
+    for part in dataset.build():
+        rows = part.inter_feat
+        names = [dataset.id2token(field, rows[field].numpy()) for field in ("user_id", "item_id")]
+        histories = [
+            [str(t) for t in dataset.id2token("item_id", h[:n].numpy())] for h, n in zip(rows["item_id_list"], rows["item_length"])
+        ]
+        times = [h[:n].tolist() for h, n in zip(rows["timestamp_list"], rows["item_length"])]
+        found.append([(str(u), str(i), t, *h) for u, i, t, h in zip(*names, rows["timestamp"].tolist(), zip(histories, times))])
+    assert found == [
+        [("u1", "i2", 20, ["i1"], [10]), ("u1", "i3", 30, ["i1", "i2"], [10, 20]), ("u2", "i6", 6, ["i5"], [5])],
+        [("u1", "i4", 15, ["i1", "i2", "i3"], [10, 20, 30])],
+        [
+            ("u1", "i6", 40, ["i1", "i2", "i3", "i4"], [10, 20, 30, 15]),
+            ("u1", "i7", 50, ["i1", "i2", "i3", "i4", "i6"], [10, 20, 30, 15, 40]),
+            ("u2", "i7", 7, ["i5", "i6"], [5, 6]),
+        ],
+    ]
+
+
+def test_a_sequential_model_runs_on_ready_splits(tastes):
+    world = Path("dataset/tastes/tastes.inter").read_text().splitlines()[1:]
+    rows = [line.split("\t") for line in world]
+    last = {user: max(float(row[2]) for row in rows if row[0] == user) for user in {row[0] for row in rows}}
+    split = lambda row: 2 if float(row[2]) == last[row[0]] else 1 if float(row[2]) == last[row[0]] - 1 else 0  # noqa: E731
+    ready([[row for row in rows if split(row) == part] for part in range(3)])
+    common = {**tastes, "epochs": 1, "hidden_size": 8, "inner_size": 8, "n_heads": 1, "train_neg_sample_args": None}
+    from_files = run("SASRec", config_dict={**common, "benchmark_filename": ["train", "valid", "test"]})
+    from_one = run("SASRec", config_dict=common)
+    assert from_files["test_result"].keys() == from_one["test_result"].keys() and from_files["test_result"]["recall@5"] > 0
+
+
+def test_ready_splits_without_time_are_no_sequences(tastes):
+    ready([[("u1", "i1")], [("u1", "i2")], [("u1", "i3")]], "user_id:token\titem_id:token")
+    with pytest.raises(UserError, match="sequential models need the time.*'timestamp'"):
+        build(tastes, "SASRec", benchmark_filename=["train", "valid", "test"], load_col={"inter": ["user_id", "item_id"]})

@@ -208,3 +208,49 @@ def test_an_encoder_with_weights_runs_in_bf16_where_the_processor_is_made_for_it
 def test_pictures_of_several_sizes(shop):
     Image.new("RGB", (300, 20), "red").save(sorted((shop / "images").iterdir())[0])
     assert np.isfinite(np.load(extract(config(), progress=False) / "visual.npy")).all()
+
+
+def test_a_dataset_with_texts_but_without_features_gets_classic(tastes):
+    """Nobody named an encoder; pictures or texts are there. Features that lie in the folder come first."""
+    assert run("VBPR", config_dict={**tastes, "epochs": 1})["record"]["encoder"] is None
+    for path in [*Path("dataset/tastes").glob("*.npy"), Path("dataset/tastes/item_ids.txt")]:
+        path.unlink()
+    items = [f"i{item}\t{'red blue green tall wide'.split()[item % 5]} mug {item}" for item in range(1, 40)]
+    Path("dataset/tastes/tastes.item").write_text("item_id:token\ttitle:token_seq\n" + "\n".join(items) + "\n")
+    record = run("VBPR", config_dict={**tastes, "epochs": 1})["record"]
+    assert record["encoder"] == "classic" and record["modalities"] == ["textual"]
+
+
+def test_a_set_grows_by_the_modality_that_is_asked_for(shop):
+    whole = files(extract(config(), shop / "features" / "whole", progress=False))
+    folder = extract(config(modalities=["visual"]), progress=False)
+    assert [path.name for path in folder.glob("*.npy")] == ["visual.npy"]
+    run_config = config(modalities=["textual"])
+    module.ensure_features(run_config)
+    assert files(folder) == whole
+    with pytest.raises(UserError, match="classic cannot encode acoustic"):
+        module.ensure_features(config(modalities=["visual", "acoustic"]))
+    np.save(shop / "acoustic.npy", np.ones((1, 1)))
+    module.ensure_features(config(modalities=["visual", "acoustic"]))
+    assert files(folder) == whole
+
+
+def test_two_programs_at_once_make_one_set(shop):
+    """The second waits for the first and finds the set made."""
+    code = "import sys, recbole_mm.encoder.extract as m; m.PART = 8; m.main(sys.argv[1:])"
+    words = ["--dataset=shop", "--encoder=classic", "--use_gpu=False", "--encoder_workers=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    programs = [
+        subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)
+    ]
+    assert [program.wait(120) for program in programs] == [0, 0]
+    assert not list((shop / "features").glob(".*")) and (shop / "features" / "classic" / "meta.json").is_file()
+    for program in programs:
+        program.stdout.close()
+
+
+def test_tokens_that_cannot_be_written_are_refused_before_the_work(shop):
+    with open(shop / "shop.item", "a", encoding="utf-8") as file:
+        file.write(" x \tmug\n")
+    with pytest.raises(UserError, match="item token ' x '"):
+        extract(config(), progress=False)
