@@ -70,7 +70,7 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "packaging>=23.0", "ruff>=0.9"],
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "packaging>=23.0", "ruff>=0.9", "faiss-cpu>=1.8", "statsmodels>=0.14"],
         "approximate": ["faiss-cpu>=1.8"],  # item graphs of catalogues too large for exact neighbours; RecBole's NCL
         "all-models": [
             "faiss-cpu>=1.8",
