@@ -107,8 +107,15 @@ def make_data(folder: Path) -> None:
     header, *lines = (source / "ml-100k.inter").read_text().splitlines()
     kept = [line for line in lines if int(line.split("\t")[0]) <= USERS and int(line.split("\t")[1]) <= ITEMS]
     write_text(target / f"{DATASET}.inter", "\n".join([header, *kept]) + "\n")
-    for suffix in ("item", "user", "kg", "link"):
+    for suffix in ("item", "user"):
         write_text(target / f"{DATASET}.{suffix}", (source / f"ml-100k.{suffix}").read_text(encoding="utf-8"))
+    header, *lines = (source / "ml-100k.link").read_text().splitlines()
+    links = [line for line in lines if int(line.split("\t")[0]) <= ITEMS]
+    write_text(target / f"{DATASET}.link", "\n".join([header, *links]) + "\n")
+    entities = {line.split("\t")[1] for line in links}
+    header, *lines = (source / "ml-100k.kg").read_text().splitlines()
+    triples = [line for line in lines if {line.split("\t")[0], line.split("\t")[2]} & entities]
+    write_text(target / f"{DATASET}.kg", "\n".join([header, *triples]) + "\n")
     draw = np.random.default_rng(0)
     items = [line.split("\t")[0] for line in (source / "ml-100k.item").read_text(encoding="utf-8").splitlines()[1:]]
     relations = sorted({line.split("\t")[1] for line in (source / "ml-100k.kg").read_text().splitlines()[1:]})
