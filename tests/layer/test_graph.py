@@ -106,7 +106,7 @@ def test_pooling_of_all_or_some_rows_is_the_mean_of_powers(kind, layers, some):
     weights = [torch.randn_like(x) for x in wanted]
 
     def gradients(out):
-        return torch.autograd.grad(sum((x * w).sum() for x, w in zip(out, weights)), (users, items))
+        return torch.autograd.grad(sum((x * w).sum() for x, w in zip(out, weights)), (users, items), retain_graph=True)
 
     for out in (shared, plain):
         for x, w in zip(out, wanted):
