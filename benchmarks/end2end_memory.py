@@ -20,6 +20,10 @@ import numpy as np
 import torch
 
 STEPS = 4
+SIZES = {
+    "joint_width": 64, "width": 128, "layers": 2, "heads": 4, "patch_size": 16, "image_size": 64,
+    "text_width": 64, "text_layers": 1, "text_heads": 4, "context": 16,
+}  # fmt: skip
 
 
 class Catalogue:
@@ -44,6 +48,8 @@ class Catalogue:
 
 def cell(model: str, items: int, batch: int, training: str) -> dict:
     """Train a few steps and report this process's peak memory."""
+    import open_clip  # noqa: F401
+    import transformers.models.clip.modeling_clip  # noqa: F401 -- what both runs import counts for both
     from recbole.data.interaction import Interaction
 
     from recbole_mm.model import get_model
@@ -55,11 +61,11 @@ def cell(model: str, items: int, batch: int, training: str) -> dict:
     users = 2000
     draw = np.random.default_rng(0)
     pairs = np.unique(np.stack([draw.integers(1, users, 40_000), draw.integers(1, items + 1, 40_000)], axis=1), axis=0)
-    settings = {"encoder": "tiny-clip", "encoder_training": training} if training == "end2end" else {}
+    settings = {"encoder": "tiny-clip", "encoder_training": training, "encoder_sizes": SIZES} if training == "end2end" else {}
     config = test_config(model, train_batch_size=batch, **settings)
     features = None
     if training == "frozen":
-        features = {"visual": torch.randn(items + 1, 128), "textual": torch.randn(items + 1, 64)}
+        features = {"visual": torch.randn(items + 1, SIZES["width"]), "textual": torch.randn(items + 1, SIZES["text_width"])}
     dataset = array_dataset(config, pairs, users, items + 1, features)
     dataset.content = Catalogue(items)
     largest = [0]
@@ -89,6 +95,16 @@ def cell(model: str, items: int, batch: int, training: str) -> dict:
     built.eval()
     built.evaluation_vectors()
     return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "largest_pass": largest[0]}
+
+
+def table(rows: list[dict]) -> str:
+    names = ("model", "items", "batch", "frozen_mb", "end2end_mb", "above_mb", "largest_pass")
+    lines = [
+        "# Peak memory of end-to-end training (MiB)", "", "Made by `python benchmarks/end2end_memory.py`: one process per cell, peak of resident memory.",
+        "`above_mb` is the encoder with its gradient and Adam state, and one micro-batch of 32; `largest_pass` the most inputs encoded at once.", "",
+        f"| {' | '.join(names)} |", "|" + "---|" * len(names),
+    ]  # fmt: skip
+    return "\n".join([*lines, *(f"| {' | '.join(str(row[n]) for n in names)} |" for row in rows)]) + "\n"
 
 
 def main() -> None:
@@ -123,9 +139,10 @@ def main() -> None:
                     }
                 )  # fmt: skip
                 print(rows[-1], flush=True)
-    from recbole_mm.files import write_json
+    from recbole_mm.files import write_json, write_text
 
-    write_json(args.out, {"encoder": "tiny-clip", "micro_batch": 32, "steps": STEPS, "rows": rows})
+    write_text(args.out.with_suffix(".md"), table(rows))
+    write_json(args.out, {"encoder_sizes": SIZES, "micro_batch": 32, "steps": STEPS, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -160,6 +160,11 @@ class OpenClipNetwork(nn.Module):
             self.load(download(name, pretrained, tag), pretrained)
         elif own:
             self.load(folder / "model.safetensors", str(folder))
+        elif folder is not None and folder.is_dir():
+            raise UserError(
+                f"pretrained: {folder} is a folder without {OWN_CONFIG}. For a CLIPModel of Hugging Face set encoder_library: transformers; "
+                "else give the weight file."
+            )
         elif folder is not None:
             self.load(folder, str(folder))
         else:
@@ -168,15 +173,16 @@ class OpenClipNetwork(nn.Module):
         self.context = getattr(self.model, "context_length", None) or self.tokenizer.context_length
         simple = not custom and getattr(self.model, "text_pool_type", None) == "argmax"
         self.end_token = self.tokenizer.eot_token_id if simple and hasattr(self.tokenizer, "eot_token_id") else None
-        mode = {"shortest": "crop", "longest": "pad", "squash": "squash"}[tag.get("resize_mode") or "shortest"]
         size = self.model.visual.image_size
+        stored = described["image"] if own else {}
         self.transform = ImageTransform(
             size[0] if isinstance(size, (tuple, list)) else size,
-            tag.get("mean") or MEAN,
-            tag.get("std") or STD,
-            tag.get("interpolation") or "bicubic",
-            mode,
+            stored.get("mean") or tag.get("mean") or MEAN,
+            stored.get("std") or tag.get("std") or STD,
+            stored.get("interpolation") or tag.get("interpolation") or "bicubic",
+            stored.get("mode") or {"shortest": "crop", "longest": "pad", "squash": "squash"}[tag.get("resize_mode") or "shortest"],
         )
+        self.saved["image"] = self.transform.describe()
         self.plain = isinstance(self.model.visual, open_clip.transformer.VisionTransformer) and self.end_token is not None
 
     def load(self, path: Path, source: str) -> None:

@@ -151,6 +151,9 @@ def test_saved_weights_come_back(tmp_path, pictures, library):
     again = build(encoder_library=library, pretrained=str(tmp_path / "own"), encoder_sizes=SIZES if library == "transformers" else None)
     for m, x in ours(encoder, pictures).items():
         assert torch.equal(x, ours(again, pictures)[m])
+    if library == "transformers":
+        with pytest.raises(UserError, match="encoder_library: transformers"):
+            build(pretrained=str(tmp_path / "own"))
 
 
 def test_a_released_name_loads_a_state_dictionary_file(tmp_path):
@@ -180,6 +183,10 @@ def test_openai_weights_get_their_activation(tmp_path, monkeypatch):
     torch.save(model.state_dict(), tmp_path / "ViT-B-16-openai.pt")
     encoder = build(encoder_sizes=None, encoder_model="ViT-B-16", pretrained="openai")
     assert any(type(m).__name__ == "QuickGELU" for m in encoder.modules())
+    encoder.network.transform.mean, encoder.network.saved["image"] = (0.5,) * 3, {**encoder.transform.describe(), "mean": [0.5] * 3}
+    encoder.save(tmp_path / "tuned")
+    again = build(encoder_sizes=None, pretrained=str(tmp_path / "tuned"))  # a saved model keeps activation and preparation of pictures
+    assert any(type(m).__name__ == "QuickGELU" for m in again.modules()) and again.transform.mean == (0.5,) * 3
     plain = build(encoder_sizes=None, encoder_model="ViT-B-16", pretrained=None)
     assert not any(type(m).__name__ == "QuickGELU" for m in plain.modules())
 
