@@ -390,6 +390,11 @@ class _UnitRows(torch.autograd.Function):
 
 def unit_rows(x: Tensor) -> Tensor:
     """Rows divided by their length; zero rows stay zero and get no gradient."""
+    if type(x) not in (
+        Tensor,
+        torch.nn.Parameter,
+    ):  # a tensor class with rules of its own, such as a table of which few rows carry gradient
+        return torch.nn.functional.normalize(x, dim=1)
     return _UnitRows.apply(x)
 
 
