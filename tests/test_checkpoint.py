@@ -20,7 +20,13 @@ class Evil:
 def test_round_trip(tmp_path):
     path = tmp_path / "a.pt"
     matrix = scipy.sparse.random(5, 7, 0.3, format="csr", random_state=0)
-    state = {"x": torch.arange(3), "n": {"a": [1, 2.5, None, True, "s"], 3: (1, 2)}, "np": np.arange(4.0), "sp": matrix, "f": np.float64(0.5)}
+    state = {
+        "x": torch.arange(3),
+        "n": {"a": [1, 2.5, None, True, "s"], 3: (1, 2)},
+        "np": np.arange(4.0),
+        "sp": matrix,
+        "f": np.float64(0.5),
+    }
     checkpoint.save(path, state)
     back = checkpoint.load(path)
     assert torch.equal(back["x"], state["x"]) and back["n"] == state["n"] and back["f"] == 0.5

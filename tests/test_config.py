@@ -30,8 +30,14 @@ def test_later_layers_win(tmp_path):
 
 
 def test_per_dataset_values_stand_between_property_files_and_the_user(tmp_path, monkeypatch):
-    (tmp_path / "own.yaml").write_text("depth_of_mine: 2\nper_dataset:\n  ml-100k: {depth_of_mine: 5, learning_rate: 0.07}\n", encoding="utf-8")
-    monkeypatch.setitem(MODELS, "Mine", recbole_mm.model.ModelEntry("recbole.model.general_recommender.bpr", "BPR", property_file=str(tmp_path / "own.yaml")))
+    (tmp_path / "own.yaml").write_text(
+        "depth_of_mine: 2\nper_dataset:\n  ml-100k: {depth_of_mine: 5, learning_rate: 0.07}\n", encoding="utf-8"
+    )
+    monkeypatch.setitem(
+        MODELS,
+        "Mine",
+        recbole_mm.model.ModelEntry("recbole.model.general_recommender.bpr", "BPR", property_file=str(tmp_path / "own.yaml")),
+    )
     monkeypatch.setattr("recbole_mm.config.listed_keys", lambda: listed_keys() | {"depth_of_mine"})
     c = config(model="mine")
     assert (c["depth_of_mine"], c["learning_rate"]) == (5, 0.07)
@@ -45,7 +51,15 @@ def test_both_forms_of_the_command_line(words):
 
 
 def test_lists_and_mappings_on_the_command_line():
-    c = config("--topk", "5", "10", "--metrics=Recall,MRR", "--valid_metric=MRR@5", "--eval_args={'split': {'RS': [0.7, 0.2, 0.1]}}", "--modalities=visual")
+    c = config(
+        "--topk",
+        "5",
+        "10",
+        "--metrics=Recall,MRR",
+        "--valid_metric=MRR@5",
+        "--eval_args={'split': {'RS': [0.7, 0.2, 0.1]}}",
+        "--modalities=visual",
+    )
     assert c["topk"] == [5, 10] and c["metrics"] == ["Recall", "MRR"] and c["modalities"] == ["visual"]
     assert c["eval_args"]["split"] == {"RS": [0.7, 0.2, 0.1]} and c["eval_args"]["mode"] == {"valid": "full", "test": "full"}
 

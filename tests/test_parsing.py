@@ -29,7 +29,11 @@ def test_no_text_breaks_the_parser(text):
     parse_value(text)
 
 
-@given(st.recursive(st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False), lambda v: st.lists(v, max_size=3), max_leaves=5))
+@given(
+    st.recursive(
+        st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False), lambda v: st.lists(v, max_size=3), max_leaves=5
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_python_literals_come_back(value):
     assert parse_value(repr(value)) == value
@@ -58,7 +62,9 @@ def test_coerce(value, default, expected):
     assert coerce("key", value, default, "a test") == expected
 
 
-@pytest.mark.parametrize("value, default", [("x", 1), (1.5, 1), (True, 1), ("x", 0.5), (1, True), ("x", True), ({}, []), ("x", {}), ([1], "x")])
+@pytest.mark.parametrize(
+    "value, default", [("x", 1), (1.5, 1), (True, 1), ("x", 0.5), (1, True), ("x", True), ({}, []), ("x", {}), ([1], "x")]
+)
 def test_coerce_refuses(value, default):
     with pytest.raises(UserError, match="key: expected .* from a test"):
         coerce("key", value, default, "a test")
