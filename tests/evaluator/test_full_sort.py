@@ -144,6 +144,16 @@ def test_values_are_recboles_with_labels(folder):
     assert mine.per_user is None and mine.groups == {}
 
 
+@pytest.mark.parametrize("model", ["BPR", "SASRec"])
+def test_recboles_full_sort_loader_is_taken_too(folder, model):
+    more = {"train_neg_sample_args": None} if model == "SASRec" else {}
+    config, ours = prepared(folder, model, metrics=TOP, **more)
+    _, theirs = prepared(folder, model, recbole_preparation, **more)
+    network = Table(table(ours[0].dataset))
+    expected, got = run(config, ours[2], network), run(config, theirs[2], network)
+    assert got.metrics == expected.metrics and got.per_user.targets_hash == expected.per_user.targets_hash
+
+
 def test_a_model_that_only_predicts_pairs(folder):
     config, (train, _, test) = prepared(folder, eval_batch_size=100, metrics=TOP)
     scores = table(train.dataset)
