@@ -154,8 +154,14 @@ def plainly():
             self._coo = self.matrix.to_sparse_coo().coalesce()
         return torch.sparse.mm(self._coo, x)
 
-    def all_rows(self, index):
-        return lambda x: self(x)[index]
+    class AllRows:
+        """Every row computed, the wanted ones taken."""
+
+        def __init__(self, operator, index):
+            self.operator, self.index, self.matrix = operator, index, operator.matrix
+
+        def __call__(self, x):
+            return self.operator(x)[self.index]
 
     def every_channel(operator, users, items, n_layers, user_rows=None, item_rows=None):
         u, i = graph.lightgcn(operator, users.repeat(1, items.shape[1] // users.shape[1]), items, n_layers)
@@ -177,7 +183,7 @@ def plainly():
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (graph.SparseOperator, "__call__", coo_product),
-            (graph.SparseOperator, "rows", all_rows),
+            (graph.SparseOperator, "rows", lambda operator, index: AllRows(operator, index)),
             (fusion, "lightgcn_shared_users", every_channel),
             (fusion.FixedGraphEncoder, "__call__", propagate_features),
             (contrastive, "info_nce", all_pairs),
