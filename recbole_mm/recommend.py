@@ -42,6 +42,9 @@ def _histories(run: LoadedRun) -> tuple[np.ndarray, np.ndarray]:
 
 def _latest_sequences(run: LoadedRun, users: Sequence[int]) -> Interaction:
     """For each user the interaction that predicts what comes after everything known, one row per user."""
+    own = getattr(run.train_data._dataset, "latest_sequences", None)
+    if own is not None:
+        return own(users)
     config = run.config
     length_field, limit = config["ITEM_LIST_LENGTH_FIELD"], config["MAX_ITEM_LIST_LENGTH"]
     iid = run.dataset.iid_field

@@ -40,7 +40,6 @@ class UserSequenceDataset(MultimodalSequentialDataset):
             if self.time_field in part.inter_feat:
                 part.sort(by=[self.uid_field, self.time_field], ascending=True)
         train, valid, test = parts
-        train.later = valid.inter_feat
         seen = [train.inter_feat]
         for part in (valid, test):
             history = self._latest(seen, self.max_item_list_len)[part.inter_feat[self.uid_field]]
@@ -50,6 +49,7 @@ class UserSequenceDataset(MultimodalSequentialDataset):
             if not keep.all():
                 self.logger.info(f"{int((~keep).sum())} interactions of users without an earlier one are not evaluated.")
                 part.inter_feat = part.inter_feat[keep]
+        train.later = seen[1:]
         return parts
 
     def _short_users_train_only(self, parts):
@@ -82,10 +82,24 @@ class UserSequenceDataset(MultimodalSequentialDataset):
         """Each user's latest `length` training items (and validation items after them), [user_num, length], padded on the left."""
         if not hasattr(self, "later"):
             raise UserError("user_sequences belongs to the training part that build() returns.")
-        rows = self._latest([self.inter_feat, self.later] if with_valid else [self.inter_feat], length)
+        rows = self._latest([self.inter_feat, *self.later[: int(with_valid)]], length)
         shift = length - (rows > 0).sum(1, keepdim=True)
         column = torch.arange(length) - shift
         return rows.gather(1, column.clamp(min=0)) * (column >= 0)
+
+    def latest_sequences(self, users) -> Interaction:
+        """What predicts the next item after everything known, test included: a row for each of `users`, as in the evaluation parts.
+
+        Raises:
+            UserError: for a user without any interaction.
+        """
+        users = torch.as_tensor(users)
+        rows = self._latest([self.inter_feat, *self.later], self.max_item_list_len)[users]
+        length = (rows > 0).sum(1)
+        if (length == 0).any():
+            name = self.id2token(self.uid_field, int(users[length == 0][0]))
+            raise UserError(f"The user {name!r} has no interaction to start from.")
+        return Interaction({self.uid_field: users, self.item_id_list_field: rows, self.item_list_length_field: length})
 
     def inter_matrix(self, form="coo", value_field=None):
         """Users x items of the interactions of this part."""

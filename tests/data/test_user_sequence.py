@@ -54,6 +54,16 @@ def test_leave_one_out(tmp_path):
     assert part.inter_matrix().nnz == len(part.inter_feat)
 
 
+def test_what_comes_next_is_predicted_from_everything(tmp_path):
+    write(tmp_path, toy={user: list(enumerate(items)) for user, items in HISTORY.items()})
+    part = prepare(tmp_path)[0]._dataset
+    users = torch.arange(1, part.user_num)
+    latest = part.latest_sequences(users)
+    assert words(part, users, latest["item_id_list"]) == {"a": "456", "b": "321", "c": "45.", "d": "6..", "e": "432"}
+    with pytest.raises(UserError, match="no interaction"):
+        part.latest_sequences([0])
+
+
 def test_the_whole_history_is_masked_and_the_answer_is_not(tmp_path):
     write(tmp_path, toy={"a": list(enumerate("1234561")), "b": list(enumerate("651"))})
     _, _, test = prepare(tmp_path, mask_history=True)

@@ -12,6 +12,7 @@ from recbole_mm.data.synthetic import make_shop, write_shop
 from recbole_mm.encoder.clip import TransformersNetwork
 from recbole_mm.errors import UserError
 from recbole_mm.quick_start import _build_model, _prepare, load_model, run
+from recbole_mm.recommend import recommend
 from recbole_mm.trainer.perpeft import GroupBatches, PerPEFTTrainer
 from tests.model.test_perpeft_encoder import SIZES
 
@@ -85,6 +86,8 @@ def test_a_run_keeps_its_groups_and_its_best_epoch_is_a_personalised_one(setting
     assert sorted(set(stored.values())) == [0, 1, 2]
     again = PerPEFTTrainer(loaded.config, model).evaluate(loaded.test_data, load_best_model=False)
     assert again == result["test_result"]
+    lists = recommend(loaded, topk=3)
+    assert len(lists) == 3 * (loaded.dataset.user_num - 1)
 
 
 def test_checkpoints_hold_what_is_learned_and_refuse_another_clip(settings, shop):
