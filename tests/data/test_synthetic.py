@@ -11,6 +11,7 @@ from benchmarks.shop_oracles import RANKINGS, Truth, feature_words, groups_from_
 from recbole_mm.data.synthetic import (
     ATTRIBUTES,
     GROUPS,
+    LEADS,
     TEXTUAL,
     VALUES,
     VERSION,
@@ -60,8 +61,8 @@ def test_pictures_follow_from_the_seed_and_are_what_the_bundled_files_show(shop)
     for row in rows:
         decoded = np.asarray(Image.open(BUNDLED / "images" / f"{shop.items['item_id'][row]}.jpg").convert("RGB"), np.int64)
         assert decoded.shape == (64, 64, 3)
-        assert abs(decoded - pixels[row]).mean() < 8  # JPEG's own loss; another item's picture differs by 30 and more
-        assert abs(decoded - pixels[(row + 1) % len(rows)]).mean() > 8
+        error = abs(decoded - pixels).mean((1, 2, 3))  # JPEG's own loss against the difference to other items' pictures
+        assert error[row] < 12 and error[row] < 0.7 * np.delete(error, row).min()
 
 
 def test_the_seed_decides():
@@ -87,7 +88,7 @@ def test_nobody_buys_twice_and_time_rises(shop):
 
 def test_new_items_never_occur_in_training(shop, truth):
     assert set(np.flatnonzero(truth.cold)) <= set(np.flatnonzero(truth.unseen))
-    assert 0.15 < truth.unseen[truth.test_item].mean() < 0.35
+    assert 0.35 < truth.unseen[truth.test_item].mean() < 0.5
     ordered = shop.interactions.sort_values("timestamp")
     arrived = ordered["item_id"].isin(set(shop.items["item_id"][shop.cold])).to_numpy()
     assert arrived[: int(0.8 * len(ordered))].sum() == 0
@@ -114,7 +115,7 @@ def test_the_feature_word_is_the_groups_lead_value_and_only_the_review_says_it(s
 
 
 def test_ratings_follow_taste(shop):
-    lead = np.array([ATTRIBUTES.index(a) for a, _ in GROUPS])[shop.group[shop.user]]
+    lead = LEADS[shop.group[shop.user]]
     liked = (shop.favourites[shop.group[shop.user]] == shop.attributes[shop.item, lead][:, None]).any(1)
     rows = shop.interactions.merge(shop.users.assign(row=range(len(shop.users)))[["user_id", "row"]], on="user_id")
     rows = rows.sort_values(["row", "timestamp"])["rating"].to_numpy()
