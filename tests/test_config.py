@@ -26,7 +26,7 @@ def test_later_layers_win(tmp_path):
     c = config("--learning_rate=0.4", config_file_list=[str(tmp_path / "a.yaml")], config_dict={"learning_rate": 0.3, "epochs": 8})
     assert (c["learning_rate"], c["epochs"], c["seed"]) == (0.4, 8, 1)
     assert c["valid_metric"] == "Recall@20", "our overall.yaml comes after RecBole's"
-    assert config(model="VBPR", dataset="shop")["reg_weight"] == load_yaml(properties_dir() / "model" / "VBPR.yaml")["reg_weight"]
+    assert config(model="VBPR", dataset="shop")["use_bias"] is load_yaml(properties_dir() / "model" / "VBPR.yaml")["use_bias"]
 
 
 def test_per_dataset_values_stand_between_property_files_and_the_user(tmp_path, monkeypatch):

@@ -42,18 +42,18 @@ class CNNEncoder(TrainableEncoder):
             raise UserError(f"encoder_model: timm has no model {name!r}.{nearest(name, timm.list_models())}")
         self.network = timm.create_model(name, pretrained=False, num_classes=0)
         self.description, self.pretrained, self.layer = name, pretrained, settings.get("encoder_layer")
-        config = self.network.pretrained_cfg
+        defaults = self.network.pretrained_cfg
         if pretrained == "timm":
-            self._load(published(name, config), name)
+            self._load(published(name, defaults), name)
         elif pretrained:
             path = find_weights(pretrained)
             if path is None:
-                raise missing_weights(f"cnn {name}", f"https://huggingface.co/{config.get('hf_hub_id') or 'timm'}", str(pretrained))
+                raise missing_weights(f"cnn {name}", f"https://huggingface.co/{defaults.get('hf_hub_id') or 'timm'}", str(pretrained))
             self._load(path / "model.safetensors" if path.is_dir() else path, str(pretrained))
         else:
             warn_random("cnn")
-        size = settings.get("encoder_image_size") or config["input_size"][-1]
-        self.transform = ImageTransform(size, config["mean"], config["std"], config["interpolation"], "crop", config["crop_pct"])
+        size = settings.get("encoder_image_size") or defaults["input_size"][-1]
+        self.transform = ImageTransform(size, defaults["mean"], defaults["std"], defaults["interpolation"], "crop", defaults["crop_pct"])
         self._check_layer()
         self.feature_dims = {"visual": self._width()}
 
