@@ -234,7 +234,11 @@ class Config(RecBoleConfig):
     def _get_final_config_dict(self):
         final = copy.deepcopy(self.internal_config_dict)
         for key, value in self.external_config_dict.items():
-            default = None if key in ("train_neg_sample_args", "topk", "metrics", "gpu_id", "transform") else self._defaults.get(key)
+            default = (
+                None
+                if key in ("train_neg_sample_args", "topk", "metrics", "gpu_id", "transform", "additional_feat_suffix")
+                else self._defaults.get(key)
+            )
             final[key] = coerce(key, value, default, self.origins.get(key, "config_dict"))
         if isinstance(final.get("modalities"), str):
             final["modalities"] = [name.strip() for name in final["modalities"].split(",") if name.strip()]

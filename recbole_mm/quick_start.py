@@ -158,7 +158,7 @@ def _run(config, run_dir, record, begin, saved, resuming, callback, test) -> dic
     logger.info(str(model))
     features = getattr(model, "features", None)
     record["modalities"] = list(features.keys()) if features is not None else []
-    record["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    record["parameters"] = sum(p.numel() for p in getattr(model, "parameters", tuple)() if p.requires_grad)  # boosted trees have none
     record["protocol"] = {
         "eval_args": config["eval_args"],
         "eval_mask": config["eval_mask"],
