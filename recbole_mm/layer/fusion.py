@@ -74,11 +74,13 @@ class FixedGraphEncoder:
     r"""The same vectors on a graph that never changes, with the features propagated once and for all.
 
     The pass is linear: :math:`\mathrm{LightGCN}([0; XW^\top + b]) = \mathrm{LightGCN}([0; X])\,W^\top + \mathrm{LightGCN}([0; 1])\,b`. As long as a feature table is constant
-    and no wider than `limit` times d, its propagated form is kept (U + I rows), and a batch maps only the rows it needs; other tables are mapped first and propagated.
+    and no wider than `limit` times d, and its propagated form (U + I rows) no larger than `most_bytes`, that form is kept and a batch maps only the rows it needs; other
+    tables are mapped first and propagated.
     """
 
-    def __init__(self, encoder: ChannelEncoder, operator: BipartiteOperator, n_layers: int, limit: int = 16):
-        self.encoder, self.operator, self.n_layers, self.limit = encoder, operator, n_layers, limit
+    def __init__(self, encoder: ChannelEncoder, operator: BipartiteOperator, n_layers: int, limit: int = 16, most_bytes: int = 1 << 29):
+        self.encoder, self.operator, self.n_layers = encoder, operator, n_layers
+        self.limit, self.most_bytes = limit, most_bytes
         self._propagated = [OfTable(table, self._propagate) for table in encoder._tables]
         start = encoder.item_embedding.new_ones(len(encoder.item_embedding), 1).detach()
         self._ones = spread(operator, start, n_layers, from_users=False)
@@ -93,7 +95,8 @@ class FixedGraphEncoder:
         channels = [spread(self.operator, e.item_embedding, self.n_layers, False, *rows)]
         for project, propagated, table in zip(e.project, self._propagated, e._tables):
             raw = table()
-            if raw.requires_grad or raw.shape[1] > self.limit * project.out_features:
+            size = 4 * raw.shape[1] * (len(e.user_embedding) + len(e.item_embedding))
+            if raw.requires_grad or raw.shape[1] > self.limit * project.out_features or size > self.most_bytes:
                 mapped = project(unit_rows(raw))
                 channels.append(spread(self.operator, mapped, self.n_layers, False, *rows))
             else:
