@@ -9,7 +9,7 @@ Parts (`--parts`, all by default; each compares only what it measured itself):
 * iisan: our step from cached hidden states against the straightforward loop, which runs CLIP forward for the batch's items.
 * evaluation: the table of 2,000 items against the encoder's forward pass alone on the same inputs, prepared beforehand.
 
-Usage: python benchmarks/perpeft_speed.py [--parts lora,ia3,iisan,evaluation] [--results benchmarks/results]
+Usage: python benchmarks/perpeft_speed.py [--parts lora,ia3,iisan,evaluation] [--results benchmarks/results] [--batch 16]
 """
 
 import argparse
@@ -282,7 +282,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="lora,ia3,iisan,evaluation")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--batch", type=int, default=BATCH, help="users per step; fewer need less memory (16: up to 10 GB in fp32)")
     args = parser.parse_args()
+    globals()["BATCH"] = args.batch
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     file = args.results / "perpeft_speed.json"
     results = json.loads(file.read_text()) if file.is_file() else {}

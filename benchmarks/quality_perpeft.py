@@ -69,6 +69,8 @@ def small_clip(work: Path, root: Path, name: str) -> Path:
     folder = work / f"clip-{name}"
     if not (folder / "encoder" / "config.json").is_file():
         words = [f"--dataset={name}", f"--data_path={root}", "--encoder=tiny-clip", f"--output={folder}", "--use_gpu=false"]
+        words += ["--finetune_epochs=80", "--finetune_batch_size=64", "--finetune_patience=100"]
+        words += ["--finetune_crop=0.9", "--finetune_mirror=false", "--finetune_word_dropout=0.0"]
         finetune([*words, "--text_fields=[title,description]", f"--encoder_sizes={json.dumps(SIZES)}"])
     return folder / "encoder"
 
