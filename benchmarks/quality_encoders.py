@@ -30,14 +30,14 @@ MODELS = {
     "VBPR": {},
     "SLMRec": {"epochs": 60, "stopping_step": 8, "train_batch_size": 1024, "learning_rate": 0.003},
 }
-MODALITIES = {"V": ["visual"], "T": ["textual"], "V&T": ["visual", "textual"]}
+MODALITIES = {"V&T": ["visual", "textual"], "V": ["visual"], "T": ["textual"]}
 SMALL = {
     "joint_width": 32, "width": 64, "layers": 2, "heads": 2, "patch_size": 16, "image_size": 64,
     "text_width": 32, "text_layers": 1, "text_heads": 2, "context": 40,
 }  # fmt: skip
-END2END = {
-    "VBPR": {"train_batch_size": 2048, "learning_rate": 0.003, "epochs": 50, "stopping_step": 12},
-    "SLMRec": {"train_batch_size": 2048, "learning_rate": 0.003, "epochs": 40, "stopping_step": 8},
+END2END = {  # large batches: a step encodes each distinct item of its batch
+    "VBPR": {"train_batch_size": 2048, "learning_rate": 0.01, "epochs": 14, "stopping_step": 14},
+    "SLMRec": {"train_batch_size": 2048, "learning_rate": 0.005, "epochs": 10, "stopping_step": 10},
 }
 ENCODER_RATE = 0.001
 
