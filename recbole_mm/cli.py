@@ -25,6 +25,9 @@ COMMANDS = {
     "perpeft-analysis": ("recbole_mm.report.perpeft_analysis:main", "PerPEFT: parameters added, training time, attention maps"),
 }
 
+#: commands whose options depend on a further word, and which explain them themselves
+OWN_HELP = ("convert", "synthetic")
+
 HELP = """\
 recbole-mm: multimodal recommendation on RecBole
 
@@ -166,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"\nrecbole-mm: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # argparse has said what is wrong, or has printed its help
+        return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
         print("\nrecbole-mm: interrupted; `--resume=<run directory>` continues a training run.", file=sys.stderr)
         return 130
@@ -197,7 +202,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     module, _, name = COMMANDS[command][0].partition(":")
     function = getattr(importlib.import_module(module), name)
-    if any(word in ("--help", "-h") for word in rest):
+    if any(word in ("--help", "-h") for word in rest) and command not in OWN_HELP:
         print((function.__doc__ or COMMANDS[command][1]).strip().replace("``", ""))
         return 0
     return function(rest)
