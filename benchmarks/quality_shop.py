@@ -56,7 +56,13 @@ def main() -> None:
             if settings.get("feature_set") == "shifted":
                 shift_features(data / "shop" / "features" / "classic")
             for seed in range(1, args.seeds + 1):
-                fixed = {"data_path": str(data), "checkpoint_dir": f"{folder}/saved", "state": "error", "show_progress": False, "tensorboard": False}
+                fixed = {
+                    "data_path": str(data),
+                    "checkpoint_dir": f"{folder}/saved",
+                    "state": "error",
+                    "show_progress": False,
+                    "tensorboard": False,
+                }
                 record = run(model, "shop", config_dict={**fixed, **settings, "seed": seed}, saved=True)["record"]
                 groups = record["test_groups"]
                 row = {"all": record["test"]["recall@20"], "cold": groups["cold"]["recall@20"], "warm": groups["warm"]["recall@20"]}
@@ -74,11 +80,20 @@ def values(rows: list[dict], group: str) -> np.ndarray:
 
 def table(results: dict[str, list[dict]]) -> str:
     seeds = len(next(iter(results.values())))
-    lines = [f"# The shop: Recall@20, mean of {seeds} seeds ± standard error", "", "| | all items | cold items | warm items |", "|---|---|---|---|"]
+    lines = [
+        f"# The shop: Recall@20, mean of {seeds} seeds ± standard error",
+        "",
+        "| | all items | cold items | warm items |",
+        "|---|---|---|---|",
+    ]
     for name, rows in results.items():
         cells = [f"{values(rows, g).mean():.4f} ± {values(rows, g).std(ddof=1) / seeds**0.5:.4f}" for g in ("all", "cold", "warm")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| difference of means | all items | cold items | (more than twice its standard error on cold items) |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| difference of means | all items | cold items | (more than twice its standard error on cold items) |",
+        "|---|---|---|---|",
+    ]
     for better, worse in CLAIMS:
         cells, sure = [], ""
         for group in ("all", "cold"):

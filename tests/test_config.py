@@ -153,7 +153,10 @@ def test_every_key_of_recboles_models_is_known():
 def test_every_key_our_sources_read_stands_in_a_list():
     for path in PACKAGE.rglob("*.py"):
         keys = keys_read_by(path)
-        if path.parent.name == "encoder" and path.stem not in ("extract", "finetune"):  # there `config` is another library's; ours is `settings`
+        if path.parent.name == "encoder" and path.stem not in (
+            "extract",
+            "finetune",
+        ):  # there `config` is another library's; ours is `settings`
             keys = set(re.findall(r"""settings(?:\.get\(|\[)\s*["'](\w+)["']""", path.read_text(encoding="utf-8")))
         unknown = {key for key in keys if key not in listed_keys() and key not in {*recbole_mm.config.COMPUTED, "key"}}
         assert not unknown, f"{path.name} reads {unknown}, which no property file explains"
