@@ -106,16 +106,12 @@ def test_load_model_gives_the_run_back(tastes):
 
 def test_gradient_accumulation_equals_the_large_batch(tastes):
     """Two half batches with averaged gradients move the weights like one batch of twice the size (BPR's loss is a mean)."""
+    _, train, _, _ = trainer_for(tastes, "BPR", train_batch_size=64)
+    large = [batch for batch in train if len(batch) == 64]
+    halves = [part for batch in large for part in (batch[:32], batch[32:])]
     states = []
-    for size, accumulate in ((64, 1), (32, 2)):
-        trainer, train, _, _ = trainer_for(
-            tastes, "BPR", train_batch_size=size, gradient_accumulation=accumulate, learner="sgd", learning_rate=1.0
-        )
-        batches = list(train)
-        if size == 32:
-            batches = [part for batch in large for part in (batch[:32], batch[32:])]
-        else:
-            large = batches = [batch for batch in batches if len(batch) == 64]
+    for batches, accumulate in ((large, 1), (halves, 2)):
+        trainer, *_ = trainer_for(tastes, "BPR", gradient_accumulation=accumulate, learner="sgd", learning_rate=1.0)
         trainer._train_epoch(batches, 0)
         states.append(trainer.model.state_dict())
     for name in states[0]:
