@@ -58,7 +58,7 @@ def build(folder: Path, **settings):
     config = Config(
         "VIP5",
         "shop",
-        config_dict={"pretrained": str(folder), "use_gpu": False, "state": "ERROR", "show_progress": False, "tensorboard": False, "seed": 1, **settings},
+        config_dict={"language_model": str(folder), "use_gpu": False, "state": "ERROR", "show_progress": False, "tensorboard": False, "seed": 1, **settings},
     )  # fmt: skip
     ensure_features(config)
     train = create_dataset(config).build()[0]

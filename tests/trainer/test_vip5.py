@@ -178,7 +178,7 @@ def test_reviews_follow_their_interactions(root):
     "settings, match",
     [
         ({"topk": [5, 30], "valid_metric": "sequential/NDCG@5"}, "beams"),
-        ({"fine_tuning": "self_attn"}, "pretrained"),
+        ({"fine_tuning": "self_attn"}, "language_model"),
         ({"valid_metric": "NDCG@5"}, "valid_metric"),
         ({"train_prompts": ["A-33"]}, "A-3"),
         ({"tasks": ["direkt"]}, "direkt"),
@@ -207,11 +207,11 @@ def test_fine_tuning_a_checkpoint_trains_adapters_only(root, tmp_path):
     state = {n: v for n, v in model.network.state_dict().items() if "visual" not in n and "whole_word" not in n and "category" not in n}
     torch.save(state, tmp_path / "pytorch_model.bin")
     model.pieces.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    _, tuned, _ = build(root, pretrained=str(tmp_path))
+    _, tuned, _ = build(root, language_model=str(tmp_path))
     trained = {n for n, p in tuned.network.named_parameters() if p.requires_grad}
     assert trained and all("adapter" in n or "norm" in n or "visual" in n for n in trained)
     assert any("enc_attn_adapter" in n for n in trained)
     assert torch.equal(tuned.network.shared.weight, model.network.shared.weight)
-    _, less, _ = build(root, pretrained=str(tmp_path), fine_tuning="self_attn")
+    _, less, _ = build(root, language_model=str(tmp_path), fine_tuning="self_attn")
     assert not any("enc_attn_adapter" in n for n, _ in less.network.named_parameters())
-    assert all(p.requires_grad for p in build(root, pretrained=str(tmp_path), fine_tuning="full")[1].network.parameters())
+    assert all(p.requires_grad for p in build(root, language_model=str(tmp_path), fine_tuning="full")[1].network.parameters())

@@ -79,9 +79,9 @@ class VIP5(SequentialRecommender):
         self.n_users, self.seed, self.published = dataset.user_num, config["seed"], bool(config["published"])
         self.batch_size = config["eval_batch_size"]
         self._check(config)
-        state, file_config = read_checkpoint(config["pretrained"]) if config["pretrained"] else (None, {})
+        state, file_config = read_checkpoint(config["language_model"]) if config["language_model"] else (None, {})
         self.scratch = state is None
-        own_tokenizer = not (config["tokenizer"] or config["pretrained"])
+        own_tokenizer = not (config["tokenizer"] or config["language_model"])
         self.facts = read_facts(config, dataset, offset_users=own_tokenizer and config["number_tokens"] == "whole")
         self.records, from_reviews = read_records(config, dataset)
         self.sequences = dataset.whole_sequences
@@ -168,10 +168,10 @@ class VIP5(SequentialRecommender):
             raise UserError(
                 f"topk: {max(config['topk'])} places cannot be filled by a search with {config['beams']} beams. Raise beams or lower topk."
             )
-        if config["fine_tuning"] in FINE_TUNING[:2] and not config["pretrained"]:
+        if config["fine_tuning"] in FINE_TUNING[:2] and not config["language_model"]:
             raise UserError(
                 f"fine_tuning: {config['fine_tuning']} leaves the language model as it is, so it needs one: name a T5, P5 or VIP5 checkpoint in "
-                "pretrained, or set fine_tuning: full to train a small model from scratch."
+                "language_model, or set fine_tuning: full to train a small model from scratch."
             )
         if config["visual_tokens"] is not None and (not isinstance(config["visual_tokens"], int) or config["visual_tokens"] < 0):
             raise UserError(f"visual_tokens: expected a whole number of at least 0, got {config['visual_tokens']!r}.")
@@ -247,7 +247,7 @@ class VIP5(SequentialRecommender):
 
     def _tokenizer(self, config, train: bool) -> Pieces:
         if not train:
-            return load_tokenizer(config["tokenizer"] or config["pretrained"])
+            return load_tokenizer(config["tokenizer"] or config["language_model"])
         texts = [f"{p.source} {p.target}".replace("{}", " ") for p in self.all_prompts.values()] * 2 + ["yes no"] * 2
         texts += [title for title in self.facts.titles or () if title] + list(self.facts.user_names or ())
         if self.records is not None:

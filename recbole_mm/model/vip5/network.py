@@ -305,7 +305,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     names = ("model.safetensors", "pytorch_model.bin", "BEST_EVAL_LOSS.pth")
     file = path if path.is_file() else next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
-        raise UserError(f"pretrained: {path} is neither a checkpoint file nor a folder with one of {', '.join(names)}.")
+        raise UserError(f"language_model: {path} is neither a checkpoint file nor a folder with one of {', '.join(names)}.")
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -314,9 +314,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UserError(f"pretrained: {file} cannot be read as a PyTorch file of parameters ({error}).") from None
+            raise UserError(f"language_model: {file} cannot be read as a PyTorch file of parameters ({error}).") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"pretrained: expected {file} to hold a mapping of parameter names to tensors.")
+        raise UserError(f"language_model: expected {file} to hold a mapping of parameter names to tensors.")
     config = file.parent / "config.json"
     return state, json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
 
