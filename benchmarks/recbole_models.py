@@ -53,20 +53,29 @@ SETTINGS = {  # RecBole has settings of these families for the name "ml-100k" on
 }
 SETTINGS["external"] = SETTINGS["context-aware"]
 ATTRIBUTES = {"inter": INTERACTION, "item": ["item_id", "release_year", "class"]}
-ENTITIES = {"inter": INTERACTION, "ent": ["ent_id", "ent_emb"], "rel": ["rel_id", "rel_emb"]}
+ENTITIES = {
+    "inter": INTERACTION,
+    "ent": ["ent_id", "ent_emb"],
+    "rel": ["rel_id", "rel_emb"],
+    "kg": ["head_id", "relation_id", "tail_id"],
+    "link": ["item_id", "entity_id"],
+}
+LAST_OUT = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}  # RecBole gives its sequential models this, but not these two
 MODEL_SETTINGS = {
     "NCL": {"num_clusters": 50},  # default 1000, more than there are users here
     **{name: {"load_col": ATTRIBUTES} for name in ("GRU4RecF", "SASRecF", "FDSA", "S3Rec")},
     **{name: {"load_col": {**ATTRIBUTES, "user": ["user_id", "age", "gender", "occupation"]}} for name in ("DIN", "DIEN")},
     "GRU4RecKG": {
-        "load_col": {k: ENTITIES[k] for k in ("inter", "ent")},
+        "load_col": {k: ENTITIES[k] for k in ("inter", "ent", "kg", "link")},
         "additional_feat_suffix": ["ent"],
-        "alias_of_item_id": ["ent_id"],
+        "eval_args": LAST_OUT,
+        "alias_of_entity_id": ["ent_id"],
         "preload_weight": {"ent_id": "ent_emb"},
     },
     "KSR": {
         "load_col": ENTITIES,
         "additional_feat_suffix": ["ent", "rel"],
+        "eval_args": LAST_OUT,
         "alias_of_entity_id": ["ent_id"],
         "alias_of_relation_id": ["rel_id"],
         "preload_weight": {"ent_id": "ent_emb", "rel_id": "rel_emb"},
@@ -117,9 +126,9 @@ def make_data(folder: Path) -> None:
     triples = [line for line in lines if {line.split("\t")[0], line.split("\t")[2]} & entities]
     write_text(target / f"{DATASET}.kg", "\n".join([header, *triples]) + "\n")
     draw = np.random.default_rng(0)
-    items = [line.split("\t")[0] for line in (source / "ml-100k.item").read_text(encoding="utf-8").splitlines()[1:]]
+    nodes = sorted(entities | {line.split("\t")[column] for line in triples for column in (0, 2)})
     relations = sorted({line.split("\t")[1] for line in (source / "ml-100k.kg").read_text().splitlines()[1:]})
-    for suffix, names in (("ent", items), ("rel", relations)):
+    for suffix, names in (("ent", nodes), ("rel", relations)):
         rows = [f"{name}\t{' '.join(f'{x:.4f}' for x in draw.normal(scale=0.1, size=64))}" for name in names]
         write_text(target / f"{DATASET}.{suffix}", "\n".join([f"{suffix}_id:token\t{suffix}_emb:float_seq", *rows]) + "\n")
     write_text(target / "done", f"{len(kept)} interactions\n")
