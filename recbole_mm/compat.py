@@ -323,6 +323,23 @@ def torch_scatter_functions(module: types.ModuleType) -> None:
     module.Aggregator.forward = with_torch_scatter
 
 
+def ksr_precision(module: types.ModuleType) -> None:
+    """KSR keeps the preloaded relation vectors in double precision and multiplies them with single precision, which PyTorch refuses.
+
+    RecBole reads every preloaded weight as float64; the entity vectors become float32 by being copied into an embedding, the relation
+    vectors stay. This gives them the precision of the entity vectors. (Not known upstream; KSR ends in "expected m1 and m2 to have the
+    same dtype" with any PyTorch since 1.5.)
+    """
+    original = module.KSR.__init__
+
+    @functools.wraps(original)
+    def initialise(self, config, dataset):
+        original(self, config, dataset)
+        self.relation_Matrix = self.relation_Matrix.to(self.entity_embedding.weight.dtype)
+
+    module.KSR.__init__ = initialise
+
+
 def dgl_graph(module: types.ModuleType) -> None:
     """KGAT builds its first attention matrix with dgl, whose ``adjacency_matrix(scipy_fmt=...)`` is gone since dgl 1.0 (RecBole issue 1978).
 
@@ -372,6 +389,7 @@ AFTER_IMPORT: dict[str, tuple[Callable[[types.ModuleType], None], ...]] = {
     "recbole.model.knowledge_aware_recommender.kgin": (torch_scatter_functions,),
     "recbole.model.knowledge_aware_recommender.mcclk": (torch_scatter_functions,),
     "recbole.model.knowledge_aware_recommender.kgat": (dgl_graph,),
+    "recbole.model.sequential_recommender.ksr": (ksr_precision,),
     **{
         f"recbole.model.{module}": (torch_load_functions,)
         for module in (

@@ -214,6 +214,31 @@ def test_dgl_graph(tmp_path, monkeypatch):
     assert "dgl" not in sys.modules and expected.sum() > 0
 
 
+def test_ksr_precision(tmp_path, monkeypatch):
+    """KSR trains on preloaded vectors of entities and relations, which RecBole reads in double precision."""
+    settings = write_dataset(tmp_path / "kg")
+    folder = tmp_path / "kg" / "tiny"
+    (folder / "tiny.kg").write_text("head_id:token\trelation_id:token\ttail_id:token\nx\tr1\ty\ny\tr2\tz\nw\tr1\tv\n")
+    (folder / "tiny.link").write_text("item_id:token\tentity_id:token\na\tx\nb\ty\nc\tz\nd\tw\ne\tv\n")
+    for kind, names in (("ent", "xyzwv"), ("rel", ("r1", "r2"))):
+        rows = [f"{name}\t0.{i} 0.5" for i, name in enumerate(names)]
+        (folder / f"tiny.{kind}").write_text(f"{kind}_id:token\t{kind}_emb:float_seq\n" + "\n".join(rows) + "\n")
+    columns = {
+        "inter": settings["load_col"]["inter"],
+        "kg": ["head_id", "relation_id", "tail_id"],
+        "link": ["item_id", "entity_id"],
+        **{kind: [f"{kind}_id", f"{kind}_emb"] for kind in ("ent", "rel")},
+    }
+    own = {
+        "load_col": columns, "data_path": str(tmp_path / "kg"), "additional_feat_suffix": ["ent", "rel"], "alias_of_entity_id": ["ent_id"],
+        "alias_of_relation_id": ["rel_id"], "preload_weight": {"ent_id": "ent_emb", "rel_id": "rel_emb"}, "kg_embedding_size": 2,
+        "train_neg_sample_args": None, "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
+    }  # fmt: skip
+    trainer, train, *_ = recbole_trainer(tmp_path / "unused", "KSR", monkeypatch, **own)
+    np.testing.assert_allclose(trainer.model.relation_Matrix, [[0, 0], [0, 0.5], [0.1, 0.5]])
+    assert np.isfinite(trainer._train_epoch(train, 0))
+
+
 class Harm:
     """Pickles as a call of `function` with `arguments`."""
 
@@ -288,6 +313,7 @@ NEEDED = {  # adaptation -> test that fails without it
     "plain_other_parameters": "test_plain or ItemKNN",
     "torch_scatter_functions": "test_torch_scatter",
     "dgl_graph": "test_dgl",
+    "ksr_precision": "test_ksr",
     "ray_optional": "test_ray_optional",
 }
 
