@@ -172,7 +172,7 @@ def _searched(cell: Cell, root: Path) -> dict[str, Any]:
     slug = cell.slug.rsplit("-seed", 1)[0]
     quiet_run = {"state": "error", "show_progress": False}
     search = Search(cell.model, cell.dataset, read_space(path), root / "searches" / slug, settings={**settings, **quiet_run}, **options)
-    search.work()
+    search.work(wait=True)  # cells of other seeds may be working on it
     return search.finish()["best_settings"]
 
 

@@ -34,14 +34,16 @@ def main(arguments: list[str]) -> int:
         model, dataset, read_space(file), own.get("out") or Path("saved") / f"search-{model}-{dataset}", own.get("strategy", "tpe"), trials,
         own.get("pruner", "median"), own.get("storage"), settings, files, _number(own, "search_seed", 0), _number(own, "heartbeat", 30),
     )  # fmt: skip
+    if jobs < 1:
+        raise UserError(f"--jobs: expected at least 1, got {jobs}.")
     if jobs > 1:
         code = start_jobs(jobs, [word for word in _without_jobs(arguments)])
         if code:
             return code
-    else:
-        search.work()
     if own.get("worker"):
+        search.work()
         return 0
+    search.work(wait=True)
     result = search.finish()
     counts = ", ".join(f"{n} {state}" for state, n in result["trials"].items() if n)
     print(f"\n{result['model']} on {result['dataset']}: {counts}. Best {result['metric']} on validation {result['best_value']:.4f} with")

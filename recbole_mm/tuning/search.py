@@ -1,14 +1,15 @@
 """Hyperparameter search: Optuna draws, our run() trains; selection on validation, the test once, for the winner.
 
 A study lives in a storage that several processes and machines may share. Exhaustive search puts every grid point into the storage as a
-waiting trial when the study is made; a process takes one by a single update of the database, so no point is run twice. A trial whose
-process died is noticed by its missing heartbeat and put back.
+waiting trial when the study is made; a process takes one in a transaction that locks it (see `_lock_before_reading`), so no point is run
+twice. A trial whose process died is noticed by its missing heartbeat and put back.
 """
 
 import csv
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 import yaml
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from recbole_mm.config import Config
 from recbole_mm.errors import UserError, nearest
@@ -32,6 +34,7 @@ STRATEGIES = ("grid", "random", "tpe")
 RECBOLE_NAMES = {"exhaustive": "grid", "bayes": "tpe"}  # what RecBole's HyperTuning calls them
 PRUNERS = ("none", "median", "hyperband")
 _HEARTBEAT = 30  # seconds
+_RETRIES = 3  # of a trial whose process was killed
 
 
 class Search:
@@ -64,8 +67,9 @@ class Search:
             raise UserError(f"--strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}.{nearest(strategy, STRATEGIES)}")
         if pruner not in PRUNERS:
             raise UserError(f"--pruner: expected one of {', '.join(PRUNERS)}, got {pruner!r}.{nearest(pruner, PRUNERS)}")
-        if trials is not None and trials < 1:
-            raise UserError(f"--trials: expected at least 1, got {trials}.")
+        for name, value in (("trials", trials), ("heartbeat", heartbeat)):
+            if value is not None and value < 1:
+                raise UserError(f"--{name}: expected at least 1, got {value}.")
         self.space, self.strategy, self.seed = space, strategy, seed
         self.settings, self.config_files = dict(settings or {}), config_files
         self.folder = Path(folder)
@@ -77,14 +81,17 @@ class Search:
         points = list(grid_points(space)) if strategy == "grid" else None
         self.trials = trials or (len(points) + 1 if points is not None else 20)
         self.points = points
+        self.heartbeat = heartbeat
         self.study = self._open(storage, pruner, heartbeat)
+        self._watched = isinstance(self.storage, optuna.storages.RDBStorage)  # Optuna's journal file keeps no signs of life
+        self._current: int | None = None
 
     def _config(self, values: dict[str, Any]) -> Config:
         return Config(config_file_list=self.config_files, config_dict={**self.settings, **values})
 
     def _open(self, url: str | None, pruner: str, heartbeat: int) -> optuna.Study:
         self.folder.mkdir(parents=True, exist_ok=True)
-        storage = open_storage(url or f"sqlite:///{self.folder / 'study.db'}", heartbeat)
+        storage = self.storage = open_storage(url or f"sqlite:///{self.folder / 'study.db'}", heartbeat)
         sampler = optuna.samplers.TPESampler(seed=self.seed) if self.strategy == "tpe" else optuna.samplers.RandomSampler(seed=self.seed)
         made = {
             "none": optuna.pruners.NopPruner(),
@@ -122,21 +129,74 @@ class Search:
 
     # running
 
-    def _left(self) -> int:
+    def _counted(self) -> list[FrozenTrial]:
+        """Trials that use up one of `trials`: all but those waiting, surplus, or put back because their process was killed."""
         trials = self.study.get_trials(deepcopy=False)
-        counted = [t for t in trials if t.user_attrs.get("kind") != "surplus" and "retried" not in t.user_attrs]
-        return self.trials - sum(t.state != TrialState.WAITING for t in counted if not _died(t))
+        return [t for t in trials if t.state != TrialState.WAITING and t.user_attrs.get("kind") != "surplus" and not _died(t)]
 
-    def work(self) -> None:
-        """Run trials until as many as wanted are done or taken by others."""
-        while self._left() > 0:
-            if self.points is not None and not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                break
+    def _others(self) -> int:
+        """How many trials run in other processes, as far as signs of life can tell; 0 for a storage without them."""
+        if not self._watched:
+            return 0
+        return len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+
+    def work(self, wait: bool = False) -> None:
+        """Run trials until as many as wanted are done or taken by others.
+
+        Args:
+            wait: also wait for the trials of others; one whose process was killed is put back after three heartbeats and run here.
+        """
+        told = False
+        while True:
+            self._put_back()
+            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            if (waiting or self.points is None) and len(self._counted()) < self.trials:
+                self._one()
+            elif wait and (others := self._others()):
+                if not told:
+                    say = f"Waiting for {others} trials of other processes; one that was killed is put back after {3 * self.heartbeat} s."
+                    logging.getLogger().warning(say)
+                told = True
+                time.sleep(min(1.0, self.heartbeat))
+            else:
+                return
+
+    def _put_back(self) -> None:
+        """Put trials without signs of life back into the queue. Optuna overlooks those killed before their first one; we give it for them."""
+        if not self._watched:
+            return
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        if not running:
+            return
+        with self.storage.engine.connect() as connection:
+            alive = {row[0] for row in connection.execute(sqlalchemy.text("SELECT trial_id FROM trial_heartbeats"))}
+        for trial in running:
+            if trial._trial_id not in alive:
+                self.storage.record_heartbeat(trial._trial_id)
+        optuna.storages.fail_stale_trials(self.study)
+
+    def _one(self) -> None:
+        """Run one trial. If this process was silent for so long that others took its trial for dead, the result is dropped: they repeat it."""
+        self._current = None
+        try:
             self.study.optimize(self._objective, n_trials=1, catch=(Exception,))
+        except KeyboardInterrupt:
+            if self._current is not None:
+                _retry_callback()(self.study, self.storage.get_trial(self._current))
+            raise
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            taken = None if self._current is None else self.storage.get_trial(self._current)
+            if taken is None or not taken.state.is_finished():
+                raise
+            logging.getLogger().warning(
+                f"Trial {taken.number} gave no sign of life for {3 * self.heartbeat} s (was this machine asleep?); it was put back and will be repeated."
+            )
 
     def _objective(self, trial: optuna.Trial) -> float:
+        self._current = trial._trial_id
         kind = trial.user_attrs.get("kind")
-        if self.points is not None and kind is None:  # two processes saw the last waiting point; the other one has it
+        # two processes saw the last waiting point, or the last place, and another one has it
+        if kind is None and (self.points is not None or sum(t.number < trial.number for t in self._counted()) >= self.trials):
             trial.set_user_attr("kind", "surplus")
             raise optuna.TrialPruned
         values = {} if kind == "defaults" else {p.name: p.suggest(trial) for p in self.space}
@@ -166,10 +226,14 @@ class Search:
             raise
         finally:
             trial.set_user_attr("train_s", round(time.perf_counter() - begin, 3))
+        score = float(outcome["best_valid_score"])
+        if math.isnan(score):
+            trial.set_user_attr("error", f"{self.metric} on validation is NaN")
+            raise ValueError("NaN on validation")
         trial.set_user_attr("run_dir", outcome["run_dir"])
         trial.set_user_attr("best_epoch", outcome["record"]["best_epoch"])
-        self._drop_losers(trial, float(outcome["best_valid_score"]))
-        return float(outcome["best_valid_score"])
+        self._drop_losers(trial, score)
+        return score
 
     def _drop_losers(self, trial: optuna.Trial, score: float) -> None:
         """Keep the weights of the best trial only."""
@@ -194,17 +258,18 @@ class Search:
         write_text(self.folder / "trials.csv", _table(trials, self.space))
         done = [t for t in trials if t.state == TrialState.COMPLETE]
         if not done:
-            reasons = [t.user_attrs.get("error") for t in trials if t.user_attrs.get("error")]
+            reasons = [_reason(t) for t in trials if _reason(t)]
             raise UserError(
                 f"No trial of {self.model} on {self.dataset} finished. {len(trials)} failed{', first: ' + reasons[0] if reasons else ''}."
             )
         best = self.study.best_trial
         values = json.loads(best.user_attrs["settings"])
         run_dir = Path(best.user_attrs["run_dir"])
-        record = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+        file = run_dir / "result.json"
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if not record.get("test"):
             if not (run_dir / "best.pt").is_file():  # it was found on another machine, or two winners came at the same time
-                shutil.rmtree(run_dir)
+                shutil.rmtree(run_dir, ignore_errors=True)
                 fixed = {"checkpoint_dir": str(run_dir.parent), "run_name": run_dir.name, "tensorboard": False}
                 run(config_file_list=self.config_files, config_dict={**self.settings, **values, **fixed}, test=False)
             record = test_run(run_dir)
@@ -217,7 +282,7 @@ class Search:
             "schema": 1, "kind": "search", "model": self.model, "dataset": self.dataset, "strategy": self.strategy, "metric": self.metric,
             "best_value": best.value, "best_trial": best.number, "best_settings": values, "best_run": str(run_dir), "valid": record["valid"],
             "test": record["test"], "trials": {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState},
-            "failed": [{"trial": t.number, "settings": json.loads(t.user_attrs.get("settings", "{}")), "error": t.user_attrs["error"]} for t in trials if t.user_attrs.get("error")],
+            "failed": [{"trial": t.number, "settings": json.loads(t.user_attrs.get("settings", "{}")), "error": _reason(t)} for t in trials if _reason(t)],
         }  # fmt: skip
         write_json(self.folder / "result.json", result)
         return result
@@ -226,6 +291,13 @@ class Search:
 def _died(trial) -> bool:
     """A failed trial without a reason of its own: its process was killed, and the storage has put a copy back."""
     return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
+
+
+def _reason(trial) -> str:
+    """Why a trial failed for good; empty for one that did not."""
+    if _died(trial) and len(trial.system_attrs.get("retry_history", [])) >= _RETRIES:
+        return f"its process was killed, {_RETRIES + 1} times in all; most likely memory ran out"
+    return trial.user_attrs.get("error", "")
 
 
 def _table(trials, space: list[Parameter]) -> str:
@@ -239,7 +311,7 @@ def _table(trials, space: list[Parameter]) -> str:
         attrs = [t.user_attrs.get(key, "") for key in ("best_epoch", "train_s")]
         value = "" if t.value is None else t.value
         row = [t.number, t.state.name.lower(), t.user_attrs.get("kind", "drawn"), value, *attrs, *(values.get(n, "") for n in names)]
-        writer.writerow([*row, t.user_attrs.get("error", ""), t.user_attrs.get("run_dir", "")])
+        writer.writerow([*row, _reason(t), t.user_attrs.get("run_dir", "")])
     return out.getvalue()
 
 
@@ -270,12 +342,37 @@ def _storage(url: str, heartbeat: int):
 
         return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
     options = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    renamed = hasattr(optuna.storages, "RetryHeartbeatStaleTrialCallback")  # since optuna 4.9
+    retry = {"heartbeat_stale_trial_callback" if renamed else "failed_trial_callback": _retry_callback()}
+    storage = optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat, **retry)
+    if storage.engine.dialect.name == "sqlite":
+        _lock_before_reading(storage.engine)
+    return storage
+
+
+def _retry_callback():
+    """Puts a copy of a trial whose process was killed into the queue, but not for ever: it may be what kills its process."""
     stages = optuna.storages
-    if hasattr(stages, "RetryHeartbeatStaleTrialCallback"):  # optuna 4.9 renamed it
-        retry = {"heartbeat_stale_trial_callback": stages.RetryHeartbeatStaleTrialCallback()}
-    else:
-        retry = {"failed_trial_callback": stages.RetryFailedTrialCallback()}
-    return stages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat, **retry)
+    callback = getattr(stages, "RetryHeartbeatStaleTrialCallback", None) or stages.RetryFailedTrialCallback
+    return callback(max_retry=_RETRIES)
+
+
+def _lock_before_reading(engine) -> None:
+    """Make each SQLite transaction take the write lock when it begins.
+
+    Optuna takes a waiting trial by reading its state and then writing "running". Python's sqlite3 begins a transaction only at the write, so
+    two processes could read "waiting" and both take the trial. SQLite has no SELECT ... FOR UPDATE, which is what does this elsewhere.
+    """
+
+    @sqlalchemy.event.listens_for(engine, "connect")
+    def _(connection, _record):
+        connection.isolation_level = None  # sqlite3 begins nothing on its own
+
+    @sqlalchemy.event.listens_for(engine, "begin")
+    def _(connection):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # connections made while the tables were checked do not know of this
 
 
 def start_jobs(jobs: int, arguments: list[str]) -> int:
