@@ -2,12 +2,16 @@
 
 import importlib
 import os
+import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from recbole_mm.errors import UserError, nearest
+from recbole_mm import launch
+from recbole_mm.errors import UserError, nearest, out_of_memory
 
 #: command -> (where its main(arguments) is, one line)
 COMMANDS = {
@@ -63,8 +67,6 @@ def help_text() -> str:
 
 def list_things(kind: str) -> str:
     """One line for each model, dataset or encoder there is."""
-    from pathlib import Path
-
     from recbole_mm.paths import bundled_dataset_dir, properties_dir
 
     def first_comment(path: Path) -> str:
@@ -134,6 +136,10 @@ def train(arguments: list[str]) -> int:
         words = [word for word in _without(arguments, "config_files")]
         words += [f"--{key}={value}" for key, value in (("model", "VBPR"), ("dataset", "shop")) if key not in external]
         outcome = run(config_file_list=files, arguments=words)
+    from recbole_mm.distributed import is_main
+
+    if not is_main():
+        return 0
     record = outcome["record"]
     seconds = record["time"]["total_s"]
     print(f"\n{record['model']} on {record['dataset']} ({', '.join(record['modalities']) or 'no item features'}), seed {record['seed']}")
@@ -161,25 +167,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code: 0, 1 for a bug of ours, 2 for wrong input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    if os.environ.get(launch.REPORTS):
+        launch.watch_launcher()
     arguments = [word for word in arguments if word != "--debug"]
     try:
         return _dispatch(arguments)
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(f"\nrecbole-mm: {error}", file=sys.stderr)
-        return 2
+        return _say(str(error))
     except SystemExit as stop:  # argparse has said what is wrong, or has printed its help
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
-        print("\nrecbole-mm: interrupted; `--resume=<run directory>` continues a training run.", file=sys.stderr)
+        if not launch.under_launcher():
+            print("\nrecbole-mm: interrupted; `--resume=<run directory>` continues a training run.", file=sys.stderr)
         return 130
     except OSError as error:
         if debug:
             traceback.print_exc()
         where = f" ({error.filename})" if error.filename else ""
-        print(f"\nrecbole-mm: {error.strerror or error}{where}. Check the disk, the path and its permissions.", file=sys.stderr)
-        return 2
+        return _say(f"{error.strerror or error}{where}. Check the disk, the path and its permissions.")
+    except (MemoryError, RuntimeError) as error:
+        if full := out_of_memory(error):
+            if debug:
+                traceback.print_exc()
+            return _say(full)
+        distributed = sys.modules.get("recbole_mm.distributed")
+        if distributed is None or not distributed.lost_contact(error):
+            raise
+        return _say(f"another process of this run is gone ({str(error).splitlines()[0]}).", launch.LOST)
+
+
+def _say(text: str, code: int = 2) -> int:
+    """Print what is wrong, once: of several processes the launcher does it; under torchrun the first, unless it is not the one to know."""
+    text = re.sub(r"\s*\n\s*", " ", text.strip())
+    rank = os.environ.get("RANK", "0") if launch.under_launcher() else "0"
+    reports = os.environ.get(launch.REPORTS)
+    if reports and launch.under_launcher():
+        Path(reports, f"error-{rank}").write_text(text, encoding="utf-8")
+        return code
+    if rank != "0":
+        time.sleep(2)  # where all fail for one reason, torchrun ends us meanwhile, and the first process has said it
+        text = f"worker {rank}: {text}"
+    print(f"\nrecbole-mm: {text}", file=sys.stderr)
+    return code
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -201,8 +232,18 @@ def _dispatch(arguments: list[str]) -> int:
         print(list_things(words[-1] if words else ""))
         return 0
     module, _, name = COMMANDS[command][0].partition(":")
+    asks_help = any(word in ("--help", "-h") for word in rest)
+    if command in launch.COMMANDS and not asks_help:
+        nproc, rest = launch.take_nproc(rest)
+        if nproc > 1 and not launch.under_launcher():
+            return launch.launch(command, rest, nproc)
+    elif launch.under_launcher() and not asks_help:
+        raise UserError(
+            f"`{command}` runs in one process; several work together in {', '.join(launch.COMMANDS)}. "
+            "Searches and benchmarks are spread by starting several of them (docs/distribution.md)."
+        )
     function = getattr(importlib.import_module(module), name)
-    if any(word in ("--help", "-h") for word in rest) and command not in OWN_HELP:
+    if asks_help and command not in OWN_HELP:
         print((function.__doc__ or COMMANDS[command][1]).strip().replace("``", ""))
         return 0
     return function(rest)

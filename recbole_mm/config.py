@@ -18,6 +18,7 @@ from recbole.config import Config as RecBoleConfig
 from recbole.evaluator import metric_types
 from recbole.utils import dataset_arguments, evaluation_arguments, general_arguments, training_arguments
 
+from recbole_mm import distributed
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.model import find_model, get_model
 from recbole_mm.parsing import SettingsLoader, coerce, load_yaml, parse_arguments
@@ -295,6 +296,12 @@ class Config(RecBoleConfig):
             raise UserError(str(error)) from None  # RecBole's own checks of user settings
 
     def _init_device(self):
+        """RecBole's choice of the device; of several processes each has its own, and they meet here. RecBole's way would assume nccl."""
+        if distributed.planned()[0] > 1:
+            return self._init_device_of_several()
+        nproc = self.external_config_dict.get("nproc")
+        if nproc not in (None, 1, "1"):
+            raise UserError(f"nproc: {nproc} processes have to be started: use --nproc={nproc} of the command line, or torchrun.")
         if not self.final_config_dict["use_gpu"]:
             self.final_config_dict["gpu_id"] = ""
         if isinstance(self.final_config_dict["gpu_id"], list):
@@ -303,6 +310,16 @@ class Config(RecBoleConfig):
         super()._init_device()
         if visible is not None and not torch.cuda.is_available():
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+    def _init_device_of_several(self):
+        final = self.final_config_dict
+        if final["use_gpu"] and "gpu_id" in self.origins:  # else every GPU that the environment shows
+            ids = final["gpu_id"]
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, ids)) if isinstance(ids, (list, tuple)) else str(ids)
+        final["gpu_id"] = str(final["gpu_id"])
+        final["device"] = distributed.choose_device(bool(final["use_gpu"]))
+        final["single_spec"], final["local_rank"] = True, 0  # RecBole's own way of several processes stays off: ours is in the trainer
+        distributed.start(final["device"])
 
     def _set_train_neg_sample_args(self):
         try:

@@ -31,6 +31,7 @@ def run_log(path: Path | None, state: str | None, console: bool = True) -> Itera
         stream = logging.StreamHandler(sys.stderr)
         stream.setFormatter((logging.Formatter if sys.stderr.isatty() else _Plain)("%(asctime)s %(levelname)s  %(message)s", "%H:%M:%S"))
         handlers.append(stream)
+    handlers = handlers or [logging.NullHandler()]  # without any, Python prints warnings all the same
     root = logging.getLogger()
     before, root_level = list(root.handlers), root.level
     for handler in handlers:

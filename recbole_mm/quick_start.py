@@ -11,7 +11,7 @@ import recbole.data.dataset as recbole_datasets
 import yaml
 from recbole.utils import ModelType, dict2str, init_seed
 
-from recbole_mm import checkpoint
+from recbole_mm import checkpoint, distributed
 from recbole_mm.config import Config
 from recbole_mm.data.dataset import MultimodalDataset, MultimodalSequentialDataset
 from recbole_mm.data.loader import data_preparation
@@ -73,7 +73,7 @@ def _prepare(config: Config) -> tuple[Any, Any, Any, Any]:
 
 
 def _build_model(config: Config, train_data):
-    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    init_seed(config["seed"], config["reproducibility"])
     return get_model(config["model"])(config, train_data._dataset).to(config["device"])
 
 
@@ -116,9 +116,12 @@ def run(
         run_dir = Path(resume)
     else:
         config = Config(model, dataset, config_file_list, config_dict, arguments)
-        run_dir = new_run_dir(config["checkpoint_dir"], config["run_name"], f"{config['model']}-{config['dataset']}")
-        write_text(run_dir / "settings.yaml", yaml.safe_dump(config.settings(), sort_keys=False, allow_unicode=True))
-        write_text(run_dir / "given.yaml", yaml.safe_dump(config.user_settings, sort_keys=False, allow_unicode=True))
+        run_dir = distributed.on_main(lambda: _new_run(config))
+    main = distributed.is_main()
+    if main:
+        distributed.report("run_dir", str(run_dir))
+    else:
+        _keep_quiet(config, run_dir)
     given = load_yaml(run_dir / "given.yaml") if (run_dir / "given.yaml").is_file() else {}
     config["run_dir"] = str(run_dir)
     record: dict[str, Any] = {
@@ -127,19 +130,49 @@ def run(
         "error": None,
         **{key: config[key] for key in ("model", "dataset", "encoder", "encoder_training", "feature_set", "seed")},
         "settings": given,
+        "processes": distributed.world()[1],
         "versions": versions(),
     }
-    with run_log(run_dir / "run.log", config["state"]):
-        write_result(run_dir, record)
+    finished = resume is not None and _finished(run_dir)  # its record stays unless the run ends well again
+    with run_log(run_dir / "run.log" if main else None, config["state"], console=main):
+        if not finished:
+            write_result(run_dir, record)
         try:
             return _run(config, run_dir, record, begin, saved, resume is not None, callback, test)
         except BaseException as error:
             record["status"] = "failed"
             record["error"] = f"{type(error).__name__}: {error}"
             record["time"] = {"total_s": round(time.perf_counter() - begin, 3)}
-            write_result(run_dir, record)
+            if not finished:
+                write_result(run_dir, record)
             logging.getLogger().debug("the run failed", exc_info=True)
             raise
+
+
+def _finished(run_dir: Path) -> bool:
+    try:
+        return json.loads((run_dir / "result.json").read_text(encoding="utf-8")).get("status") == "finished"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _new_run(config) -> Path:
+    """The directory of a new run, with its settings."""
+    run_dir = new_run_dir(config["checkpoint_dir"], config["run_name"], f"{config['model']}-{config['dataset']}")
+    write_text(run_dir / "settings.yaml", yaml.safe_dump(config.settings(), sort_keys=False, allow_unicode=True))
+    write_text(run_dir / "given.yaml", yaml.safe_dump(config.user_settings, sort_keys=False, allow_unicode=True))
+    return run_dir
+
+
+def _keep_quiet(config, run_dir: Path) -> None:
+    """What is different in the processes after the first: they tell nothing."""
+    config["show_progress"] = config["log_wandb"] = False
+    warnings.simplefilter("ignore")
+    if not run_dir.is_dir():
+        raise UserError(
+            f"This process does not see the run directory {run_dir} that the first one uses. Machines that train together need a common "
+            "folder for --checkpoint_dir, and the same data."
+        )
 
 
 def _run(config, run_dir, record, begin, saved, resuming, callback, test) -> dict[str, Any]:
@@ -147,6 +180,10 @@ def _run(config, run_dir, record, begin, saved, resuming, callback, test) -> dic
     logger.info(f"Run directory: {run_dir}")
     dataset, train_data, valid_data, test_data = _prepare(config)
     logger.info(str(dataset))
+    if len(set(distributed.gather_values(config["data_fingerprint"]))) > 1:
+        raise UserError(
+            f"The processes do not see the same data of {config['dataset']}. Give every machine the same files, best one common folder."
+        )
     record["encoder"] = config["encoder"]  # a dataset with pictures or texts but no features gets those of classic
     record["data"] = {
         "fingerprint": config["data_fingerprint"],
@@ -216,7 +253,7 @@ def _run(config, run_dir, record, begin, saved, resuming, callback, test) -> dic
 
 def _test_part(run_dir: Path, test_result, outcome) -> dict[str, Any]:
     """What the record says about the test; per-user values go to their file."""
-    if outcome is not None and outcome.per_user is not None:
+    if distributed.is_main() and outcome is not None and outcome.per_user is not None:
         write_per_user(run_dir, outcome.per_user.arrays())
     groups = {name: plain_metrics(values) for name, values in outcome.groups.items()} if outcome is not None else {}
     return {"test": plain_metrics(test_result), "test_groups": groups}
@@ -248,7 +285,7 @@ def load_model(run_dir: str | Path) -> LoadedRun:
     config = Config(config_dict=read_settings(run_dir))
     config["run_dir"] = str(run_dir)
     path = run_dir / "best.pt"
-    state = checkpoint.load(path, config["device"])
+    state = checkpoint.load(path, config["device"], needs=("state_dict", "fingerprint"))
     dataset, train_data, valid_data, test_data = _prepare(config)
     if state["fingerprint"] != config["data_fingerprint"]:
         raise UserError(

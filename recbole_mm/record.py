@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recbole_mm.distributed import is_main
 from recbole_mm.errors import UserError
 from recbole_mm.files import atomic_path, write_json
 
@@ -90,7 +91,9 @@ def plain_metrics(metrics: Any) -> dict[str, float | None]:
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
-    write_json(run_dir / "result.json", result)
+    """Write result.json; of several processes the first one does."""
+    if is_main():
+        write_json(run_dir / "result.json", result)
 
 
 def write_per_user(run_dir: Path, values: dict[str, np.ndarray]) -> None:

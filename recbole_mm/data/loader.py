@@ -23,17 +23,11 @@ from recbole.sampler import KGSampler
 from recbole.utils import InputType, ModelType
 from torch import Tensor
 
+from recbole_mm.data.checks import check_parts, check_split
 from recbole_mm.data.sampler import build_sampler, phase_pairs, storage_device
 from recbole_mm.errors import UserError
 
 _BLOCK_ROWS = 1 << 21  # rows shuffled into place and given negatives at a time
-
-
-def world(config) -> tuple[int, int]:
-    """Rank and number of the training processes."""
-    if config["single_spec"] is False:
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 class TrainLoader(TrainDataLoader):
@@ -44,8 +38,8 @@ class TrainLoader(TrainDataLoader):
     `get_state` and `set_state` make a pass repeatable after a restart.
 
     Batches are RecBole's: every positive with its negatives, k negatives as k blocks below each other, ``train_batch_size`` counting the expanded rows;
-    pairwise models get the negative's features under ``NEG_PREFIX``, pointwise models the label column. With several processes every process
-    draws the same order and takes every n-th row.
+    pairwise models get the negative's features under ``NEG_PREFIX``, pointwise models the label column. Of several processes each makes the same
+    batches; the trainer takes its share of their rows.
 
     Args:
         config: the run's settings.
@@ -74,33 +68,25 @@ class TrainLoader(TrainDataLoader):
     def set_state(self, state: Tensor) -> None:
         self.generator.set_state(state.cpu())
 
-    def _init_batch_size_and_step(self):
-        super()._init_batch_size_and_step()
-        self._per_process = max(1, self.step // world(self.config)[1])
-
     def __len__(self) -> int:
-        return math.ceil(math.ceil(self.sample_size / world(self.config)[1]) / self._per_process)
+        return math.ceil(self.sample_size / self.step)
 
     def __iter__(self) -> Iterator[Interaction]:
-        rank, processes = world(self.config)
         rows = self.sample_size
         order = (
             torch.randperm(rows, generator=self.generator, device=self.storage) if self.shuffle else torch.arange(rows, device=self.storage)
         )
-        if rows % processes:
-            order = torch.cat([order, order[: processes - rows % processes]])  # all processes make the same number of steps
-        step = self._per_process
+        step = self.step
         dynamic = bool(self.neg_sample_args.get("dynamic", False))
         with_negatives = self._sampler is not None and not dynamic
         narrow = {k for k, v in self._columns.items() if v.dim() == 1}
-        for block in order.split(max(1, _BLOCK_ROWS // (step * processes * self.times)) * step * processes):
+        for block in order.split(max(1, _BLOCK_ROWS // (step * self.times)) * step):
             negatives = None
             if with_negatives:
                 users = self._columns[self.uid_field].index_select(0, block)
                 items = self._columns[self.iid_field].index_select(0, block)
                 negatives = self._sampler.sample(users, items, self.neg_sample_num, self.generator)
-                negatives = negatives.view(self.neg_sample_num, -1)[:, rank::processes]
-            block = block[rank::processes]
+                negatives = negatives.view(self.neg_sample_num, -1)
             columns = {k: self._columns[k].index_select(0, block) for k in narrow}
             for start in range(0, len(block), step):
                 part = slice(start, start + step)
@@ -304,7 +290,12 @@ def data_preparation(config, dataset):
             raise UserError(
                 f"{key}: pickled loaders are neither written nor read, because reading a pickle runs code. Remove the setting; building them takes seconds."
             )
-    built = dataset.build()
+    check_split(config, dataset)
+    try:
+        built = dataset.build()
+    except (ValueError, NotImplementedError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"eval_args {config['eval_args']}: {error}") from None
+    check_parts(config, built)
     classes = {phase: get_dataloader(config, phase) for phase in ("train", "valid", "test")}
     plain = type(built[0]).join is Dataset.join and type(built[0]).__getitem__ is Dataset.__getitem__
     ours = {

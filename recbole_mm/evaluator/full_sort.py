@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from recbole_mm.data.loader import FullSortLoader, world
+from recbole_mm import distributed
+from recbole_mm.data.loader import FullSortLoader
 from recbole_mm.errors import UserError
 from recbole_mm.evaluator.groups import group_metrics
 from recbole_mm.evaluator.per_user import PerUser, row_values
@@ -271,11 +272,12 @@ def evaluate(model, eval_data, config, collector, evaluator, show_progress=False
     if not values_only:
         none = torch.zeros(0, dtype=torch.int64)
         parts.insert(0, [none, none.view(0, most), none.view(0, most).bool(), none, none, none])  # a process may have no rows
-        ranking = _gathered([torch.cat(column) for column in zip(*parts)], config)
+        ranking = _ranking([torch.cat(column) for column in zip(*parts)], shared=full)
         collector.data_struct.set("rec.topk", torch.cat([ranking.hits.int(), ranking.lengths.int().unsqueeze(1)], dim=1))
         if collector.register.need("rec.items"):
             collector.data_struct.set("rec.items", ranking.items)
-    _gather_collected(collector, config)
+    if full:
+        _gather_collected(collector)
     _training_facts(collector, train_dataset)
     metrics, raw, values = _metrics(evaluator, _take(collector))
     return EvaluationResult(
@@ -285,10 +287,9 @@ def evaluate(model, eval_data, config, collector, evaluator, show_progress=False
 
 def _full_batches(model, loader: FullSortLoader, config, device):
     """Yield scores [B, I] with masked items at -inf, interaction, user ids [B], and the right items as pairs on the device."""
-    rank, processes = world(config)
     item_num, total = loader._dataset.item_num, loader.sample_size
-    share = math.ceil(total / processes)
-    first, last = min(rank * share, total), min((rank + 1) * share, total)
+    own = distributed.own_part(total)
+    first, last = own.start, own.stop
     if not total:
         return
     row_bytes = bytes_per_row(model, lambda n: loader.rows(0, n).to(device), total, item_num)
@@ -370,27 +371,19 @@ def _collects_scores(collector) -> bool:
     return any(collector.register.need(name) for name in ("rec.meanrank", "rec.score", "data.label"))
 
 
-def _all_processes(tensor: Tensor, config) -> list[Tensor]:
-    """The tensor of every process, in order of rank; lengths may differ."""
-    parts = [None] * world(config)[1]
-    torch.distributed.all_gather_object(parts, tensor.cpu())
-    return parts
-
-
-def _gathered(columns: list[Tensor], config) -> Ranking:
-    if world(config)[1] > 1:
-        every = [_all_processes(column, config) for column in columns]
-        sizes = torch.tensor([0] + [len(users) for users in every[0]]).cumsum(0).tolist()
-        every[4] = [rows + offset for rows, offset in zip(every[4], sizes)]
-        columns = [torch.cat(parts) for parts in every]
+def _ranking(columns: list[Tensor], shared: bool) -> Ranking:
+    """The rows of all processes where they shared them out (RecBole's own loaders go through all rows in every process)."""
+    if shared:
+        before = sum(distributed.gather_values(len(columns[0]))[: distributed.world()[0]])
+        columns[4] = columns[4] + before
+        columns = [distributed.gather(column) for column in columns]
     return Ranking(*columns)
 
 
-def _gather_collected(collector, config) -> None:
-    if world(config)[1] > 1:
-        for name in ("rec.meanrank", "rec.score", "data.label"):
-            if name in collector.data_struct:
-                collector.data_struct.set(name, torch.cat(_all_processes(collector.data_struct.get(name), config)))
+def _gather_collected(collector) -> None:
+    for name in ("rec.meanrank", "rec.score", "data.label"):
+        if name in collector.data_struct:
+            collector.data_struct.set(name, distributed.gather(collector.data_struct.get(name)))
 
 
 def _training_facts(collector, train_dataset) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from recbole_mm import distributed
+
 
 class _LogSumExpProduct(torch.autograd.Function):
     """log sum_q exp(a_p . k_q) for every row p of a [P, D] over the rows q of k [Q, D]; the softmax is never normalised in memory."""
@@ -49,6 +51,7 @@ def info_nce(
     key_of: Tensor,
     extra: Tensor | None = None,
     distinct: bool = False,
+    key_ids: Tensor | None = None,
 ) -> Tensor:
     """In-batch InfoNCE of B pairs (anchors[anchor_of[b]], keys[key_of[b]]); a scalar.
 
@@ -57,13 +60,33 @@ def info_nce(
         anchor_of, key_of: [B] rows of the pairs.
         extra: [B] similarities (before the temperature) of one more negative for each pair.
         distinct: count a key once however often it occurs in the batch, so that the same item never is its own negative.
+        key_ids: [Q] what tells equal keys of several processes; needed for `distinct` only.
+
+    Where several processes share the batch, the keys are those of all of them.
     """
     counts = None if distinct else torch.bincount(key_of, minlength=len(keys)).to(keys.dtype).log()
     scaled = anchors / temperature
-    total = log_sum_exp_product(scaled, keys, counts)[anchor_of]
+    if distributed.active() is None:
+        total = log_sum_exp_product(scaled, keys, counts)[anchor_of]
+    else:
+        total = log_sum_exp_product(scaled, *_keys_of_all(keys, counts, key_ids))[anchor_of]
     if extra is not None:
         total = torch.logaddexp(total, extra / temperature)
     return (total - (scaled[anchor_of] * keys[key_of]).sum(1)).mean()
+
+
+def _keys_of_all(keys: Tensor, log_counts: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys of all processes and the logarithms of their counts. A key that several have is there several times, which is the same as a larger count."""
+    if log_counts is not None:
+        return tuple(distributed.gather_rows(keys, log_counts))
+    if key_ids is None:
+        raise ValueError("info_nce: distinct keys of several processes need key_ids")
+    keys, ids = distributed.gather_rows(keys, key_ids)
+    first = torch.full((int(ids.max()) + 1,), len(ids), device=ids.device).scatter_reduce(
+        0, ids, torch.arange(len(ids), device=ids.device), "amin"
+    )
+    again = first[ids] != torch.arange(len(ids), device=ids.device)
+    return keys[~again], keys.new_zeros(int((~again).sum()))
 
 
 def bpr(positive: Tensor, negative: Tensor, epsilon: float = 0.0) -> Tensor:

@@ -42,6 +42,9 @@ class MultimodalRecommender(GeneralRecommender):
     #: a model that needs its own dataset class or trainer names it here
     dataset_class: type | None = None
     trainer_class: type | None = None
+    #: how several processes share a batch (see `recbole_mm.trainer.parallel`). "rows" says that the loss is a mean over the rows of the batch,
+    #: with terms that are not written with the functions of `recbole_mm.distributed`; None lets every process compute whole batches
+    parallel: str | None = None
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)

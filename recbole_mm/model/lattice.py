@@ -24,6 +24,7 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 from torch.nn.functional import dropout, leaky_relu
 
+from recbole_mm.distributed import sum_rows
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.layer.contrastive import bpr
 from recbole_mm.layer.graph import (
@@ -54,6 +55,7 @@ class LATTICE(MultimodalRecommender):
 
     input_type = InputType.PAIRWISE
     modality_order = ("visual", "textual", "acoustic")
+    parallel = "rows"
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
@@ -191,7 +193,7 @@ class LATTICE(MultimodalRecommender):
         users, items = users[user_of], (items + unit_rows(h))[item_of]
         pos, neg = items.chunk(2)
         ranking = bpr((users * pos).sum(1), (users * neg).sum(1))
-        return ranking + self.reg_weight * 0.5 * (users.pow(2).sum() + items.pow(2).sum()) / self.batch_size
+        return ranking + self.reg_weight * 0.5 * sum_rows(users.pow(2).sum() + items.pow(2).sum()) / self.batch_size
 
     def _keep_momentum(self) -> None:
         """Give the graph's parameters a zero gradient on batches that have none for them, so that the optimizer's momentum goes on."""

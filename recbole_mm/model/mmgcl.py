@@ -41,6 +41,7 @@ class MMGCL(MultimodalRecommender):
 
     input_type = InputType.PAIRWISE
     modality_order = ("visual", "acoustic", "textual")
+    parallel = "rows"
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)

@@ -39,6 +39,7 @@ class SLMRec(MultimodalRecommender):
 
     input_type = InputType.POINTWISE
     modality_order = ("visual", "acoustic", "textual")
+    parallel = "rows"
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
@@ -70,20 +71,23 @@ class SLMRec(MultimodalRecommender):
         user, user_of = interaction[self.USER_ID].unique(return_inverse=True)
         item, item_of = interaction[self.ITEM_ID].unique(return_inverse=True)
         users, items = self.encode(user, item)
-        main = self.main_loss(self.read_user(users), self.read_item(items), user_of, item_of)
-        return main + self.ssl_weight * sum(self.chain_losses(items, item_of))
+        main = self.main_loss(self.read_user(users), self.read_item(items), user_of, item_of, item)
+        return main + self.ssl_weight * sum(self.chain_losses(items, item_of, item))
 
-    def main_loss(self, users: Tensor, items: Tensor, user_of: Tensor, item_of: Tensor) -> Tensor:
-        """InfoNCE from each pair's user to the items of the batch, on unit-length final vectors."""
-        return info_nce(unit_rows(users), unit_rows(items), self.temperature, user_of, item_of, distinct=self.distinct_items)
+    def main_loss(self, users: Tensor, items: Tensor, user_of: Tensor, item_of: Tensor, ids: Tensor | None = None) -> Tensor:
+        """InfoNCE from each pair's user to the items of the batch, on unit-length final vectors; `ids` are those of the distinct items."""
+        vectors = unit_rows(users), unit_rows(items)
+        return info_nce(*vectors, self.temperature, user_of, item_of, distinct=self.distinct_items, key_ids=ids)
 
-    def chain_losses(self, items: Tensor, item_of: Tensor) -> list[Tensor]:
+    def chain_losses(self, items: Tensor, item_of: Tensor, ids: Tensor | None = None) -> list[Tensor]:
         """One InfoNCE for each modality, between the query passed on along the chain and that modality's key, from channels [P, C d] of distinct items."""
         first, *others = items.chunk(1 + len(self.features), dim=1)
         query, losses = first, []
         for step, key, channel in zip(self.query, self.key, others):
             query = step(query)
-            losses.append(info_nce(query, key(channel), self.ssl_temperature, item_of, item_of, distinct=self.distinct_items))
+            losses.append(
+                info_nce(query, key(channel), self.ssl_temperature, item_of, item_of, distinct=self.distinct_items, key_ids=ids)
+            )
         return losses
 
 

@@ -28,6 +28,7 @@ class VBPR(MultimodalRecommender):
 
     input_type = InputType.PAIRWISE
     modality_order = ("textual", "visual", "acoustic")
+    parallel = "rows"
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)

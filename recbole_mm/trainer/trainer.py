@@ -9,19 +9,21 @@ from unittest import mock
 
 import recbole.trainer.trainer as recbole_trainer
 import torch
+from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer as RecBoleTrainer
 from recbole.utils import get_trainer as recbole_get_trainer
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from recbole_mm import checkpoint
+from recbole_mm import checkpoint, distributed
 from recbole_mm.data.loader import TrainLoader, loader_state, restore_loader_state
 from recbole_mm.data.sampler import build_sampler
 from recbole_mm.errors import UserError
 from recbole_mm.evaluator.full_sort import EvaluationResult, evaluate
 from recbole_mm.model.bank import FeatureBank
 from recbole_mm.trainer.optim import build_optimizer
+from recbole_mm.trainer.parallel import check_trainer, mode_of
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CHECK_EVERY = 50  # batches between looks at the loss: each look waits for the GPU
@@ -69,10 +71,17 @@ class Trainer(RecBoleTrainer):
     written together, at most every ``checkpoint_seconds``: an epoch can be shorter than the writing, and a resumed run repeats the epochs
     after ``last.pt`` exactly.
 
+    Several processes go through the same batches, each with its share of the rows, and average their gradients; only the first one
+    writes files (see `recbole_mm.distributed`).
+
     Args:
         config: the run's settings.
         model: the model, on its device.
     """
+
+    #: whether DistributedDataParallel may average the gradients: it wants one backward pass for each loss, and parameters that are trainable
+    #: from the beginning to the end
+    wrap = True
 
     def __init__(self, config, model):
         self.run_dir = Path(config["run_dir"] or config["checkpoint_dir"])
@@ -96,9 +105,14 @@ class Trainer(RecBoleTrainer):
         self._written = time.monotonic()
         self._valid_loss_data = None
         self._saved = True
+        self._exchange: distributed.Exchange | None = None
+        if distributed.world()[1] > 1:
+            check_trainer(type(self))
+            wrap = self.wrap and not getattr(getattr(model, "features", None), "trainable", False)
+            self._exchange = distributed.Exchange(model, mode_of(model), wrap)
 
     def _curves(self, config):
-        if not config["tensorboard"]:
+        if not config["tensorboard"] or not distributed.is_main():
             return _NoCurves()
         from torch.utils.tensorboard import SummaryWriter
 
@@ -135,6 +149,9 @@ class Trainer(RecBoleTrainer):
         loss_func = loss_func or self.model.calculate_loss
         accumulate = self.config["gradient_accumulation"] or 1
         batches = len(train_data)
+        exchange = self._exchange
+        if exchange is not None:
+            distributed.same_generators(everything=True)
         bar = tqdm(train_data, total=batches, desc=f"Train {epoch_idx:>5}", ncols=100, delay=2, leave=False, disable=not show_progress)
         amp = self._autocast_dtype is not None or self.enable_amp
         total: list[Tensor] | None = None
@@ -145,8 +162,12 @@ class Trainer(RecBoleTrainer):
             if index == first:
                 self.optimizer.zero_grad(set_to_none=getattr(self.model, "set_grads_to_none", True))
             self._hook("before_batch", interaction)
+            last = index + 1 == min(first + accumulate, batches)
             with torch.autocast(self.device.type, dtype=self._autocast_dtype, enabled=amp):
-                losses = loss_func(interaction)
+                if exchange is None:
+                    losses = loss_func(interaction)
+                else:
+                    losses = exchange.losses(loss_func, interaction, _own_rows, _blocks(train_data, interaction), last)
             several = isinstance(losses, tuple)
             parts = losses if several else (losses,)
             loss = sum(parts) if several else losses
@@ -155,7 +176,9 @@ class Trainer(RecBoleTrainer):
             # every interaction weighs the same, also in the last, shorter group of batches
             self._scaler.scale(loss / min(accumulate, batches - first)).backward()
             self._hook("after_backward")
-            if index + 1 == min(first + accumulate, batches):
+            if exchange is not None:
+                exchange.end_batch()
+            if last:
                 self._step()
             parts = [part.detach() for part in parts]
             total = parts if total is None else [a + b for a, b in zip(total, parts)]
@@ -164,10 +187,13 @@ class Trainer(RecBoleTrainer):
                 "There is not one training batch: the training part of the dataset is empty. Check the split (eval_args) and the filters."
             )
         self._check_finite(total, epoch_idx, batches - 1)
+        total = self._over_processes(total)
         values = tuple(part.item() for part in total)
         return values if several else values[0]
 
     def _step(self) -> None:
+        if self._exchange is not None:
+            self._exchange.finish()
         if self.clip_grad_norm:
             self._scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
@@ -175,7 +201,13 @@ class Trainer(RecBoleTrainer):
         self._scaler.update()
         self._hook("after_step")
 
+    def _over_processes(self, parts: Iterable[Tensor]) -> list[Tensor]:
+        """Losses of the batch (or of an epoch) from those of this process's share."""
+        _, processes = distributed.world()
+        return [distributed.all_sum(part) / processes for part in parts] if processes > 1 else list(parts)
+
     def _check_finite(self, total: Iterable[Tensor], epoch: int, batch: int) -> None:
+        total = self._over_processes(total)  # so that all of them stop
         if not all(torch.isfinite(part).all() for part in total):
             raise UserError(
                 f"The training loss is no longer a number (epoch {epoch}, by batch {batch}). A smaller learning_rate (now {self.learning_rate}), "
@@ -221,7 +253,8 @@ class Trainer(RecBoleTrainer):
         result = self.evaluate(valid_data, load_best_model=False, show_progress=show_progress)
         self._valid_result = result
         if self.config["stop_on"] == "loss":
-            loss = self._validation_loss(valid_data)
+            # every process computes all of it; on GPUs the last digits may differ, and all must stop in the same epoch
+            loss = distributed.broadcast_value(self._validation_loss(valid_data))
             self._valid_result = {**result, "loss": loss}
             return loss, result
         return result[self.valid_metric], result
@@ -252,6 +285,7 @@ class Trainer(RecBoleTrainer):
         if not eval_data:
             return None
         self._write_best()
+        distributed.barrier()
         if load_best_model and (model_file or Path(self.saved_model_file).is_file()):
             file = model_file or self.saved_model_file
             checkpoint.load_weights(self.model, checkpoint.load(file, self.device), file)
@@ -259,11 +293,16 @@ class Trainer(RecBoleTrainer):
         self.model.eval()
         self._hook("before_evaluation")
         begin = time.perf_counter()
+        metrics = self._metrics(eval_data, show_progress)
+        self.evaluation_times.append(round(time.perf_counter() - begin, 4))
+        self.wandblogger.log_eval_metrics(metrics, head="eval")
+        return metrics
+
+    def _metrics(self, eval_data, show_progress: bool):
+        """What :meth:`evaluate` returns, from a model that holds the weights and is in evaluation mode."""
         self.last_evaluation = evaluate(
             self.model, eval_data, self.config, self.eval_collector, self.evaluator, show_progress=show_progress
         )
-        self.evaluation_times.append(round(time.perf_counter() - begin, 4))
-        self.wandblogger.log_eval_metrics(self.last_evaluation.metrics, head="eval")
         return self.last_evaluation.metrics
 
     # checkpoints
@@ -283,13 +322,19 @@ class Trainer(RecBoleTrainer):
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs):
         """Keep the weights of `epoch` as the best ones; RecBole calls this after each improvement."""
-        if not self.config["single_spec"] and self.config["local_rank"] != 0:
-            return
         if self._resumed is not None and epoch < 0:
             return  # RecBole writes a fresh model over the best one when there is nothing left to train
+        self._settle()
+        if not distributed.is_main():
+            return
         self._best_state = _copied(self._state(epoch))
         if self._due():
             self._write_best()
+
+    def _settle(self) -> None:
+        """Let the processes encode an end-to-end run's items together before one of them takes a checkpoint."""
+        if self._exchange is not None and getattr(getattr(self.model, "features", None), "trainable", False):
+            self.model.features.settle()
 
     def _due(self) -> bool:
         return time.monotonic() - self._written >= (self.config["checkpoint_seconds"] or 0)
@@ -301,7 +346,11 @@ class Trainer(RecBoleTrainer):
 
     def _save_last(self, epoch: int, now: bool = False) -> None:
         """Write both checkpoints if it is time, the best one first: last.pt must never know of a best epoch that no file holds."""
-        if not self._saved or not (now or self._due()):
+        if not self._saved or not distributed.broadcast_value(now or self._due()):
+            return
+        self._settle()
+        self._written = time.monotonic()
+        if not distributed.is_main():
             return
         self._write_best()
         if self.config["save_last"]:
@@ -318,7 +367,6 @@ class Trainer(RecBoleTrainer):
                     "loader": loader_state(self._train_data),
                 },
             )
-        self._written = time.monotonic()
 
     @property
     def resumable(self) -> bool:
@@ -332,8 +380,8 @@ class Trainer(RecBoleTrainer):
         Raises:
             UserError: when the file is damaged, foreign, of another model or of other data.
         """
-        state = checkpoint.load(resume_file, self.device)
-        if "random" not in state:
+        state = checkpoint.load(resume_file, self.device, needs=("model", "fingerprint", "state_dict"))
+        if not {"random", "optimizer", "scaler", "loader", "epoch", "history"} <= set(state):
             raise UserError(
                 f"{resume_file} cannot be resumed from: it holds a model, not the state of a run. Use the last.pt of the run directory."
             )
@@ -354,6 +402,19 @@ class Trainer(RecBoleTrainer):
         self.evaluation_times = state["evaluation_times"]
         self._resumed = state
         self.logger.info(f"Resuming from {resume_file} at epoch {self.start_epoch}")
+
+
+def _blocks(loader, batch) -> int:
+    """Blocks of rows that a batch consists of: positives, then their negatives (see `distributed.Share`)."""
+    blocks = getattr(loader, "times", 1)
+    return blocks if isinstance(blocks, int) and len(batch) % blocks == 0 else 1
+
+
+def _own_rows(batch, share: distributed.Share):
+    """The rows of `batch`, an interaction or something that cuts itself by ``part(share)``, that are this process's."""
+    if hasattr(batch, "part"):
+        return batch.part(share)
+    return Interaction({name: share.take(column) for name, column in batch.interaction.items()})
 
 
 def _copied(value: Any) -> Any:
@@ -386,5 +447,7 @@ def trainer_class_for(model_class: type, config) -> type:
 
 def _save_pretrained_model(self, epoch: int, saved_model_file: str) -> None:
     """What a pre-training stage (S3Rec, RaCT) leaves for the next one: a checkpoint of ours in place of RecBole's pickle."""
-    checkpoint.save(saved_model_file, self._state(epoch))
+    if distributed.is_main():
+        checkpoint.save(saved_model_file, self._state(epoch))
+    distributed.barrier()
     self.saved_model_file = saved_model_file

@@ -1,15 +1,12 @@
 """Training and evaluation of VIP5: epochs of mixed tasks, a learning rate per step, and three evaluations in one run."""
 
-import time
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_mm import checkpoint
-from recbole_mm.data.loader import world
+from recbole_mm import distributed
 from recbole_mm.errors import UserError
 from recbole_mm.evaluator.full_sort import evaluate
 from recbole_mm.evaluator.text import share_with_word, text_metrics
@@ -87,7 +84,6 @@ class VIP5Trainer(Trainer):
 
     def _train_epoch(self, train_data, epoch_idx, loss_func=None, show_progress=False):
         model = self.model
-        rank, processes = world(self.config)
         loader = EpochLoader(
             model.sequences,
             model.records,
@@ -96,8 +92,6 @@ class VIP5Trainer(Trainer):
             model.negative_pool,
             model.sampling,
             epoch_idx,
-            rank,
-            processes,
         )
         steps = -(-len(loader) // (self.config["gradient_accumulation"] or 1))
         self._done, self._total = epoch_idx * steps, max(self.epochs * steps, 1)
@@ -113,14 +107,6 @@ class VIP5Trainer(Trainer):
         return max(0.0, (self._total - step) / max(self._total - warmup, 1))
 
     def _step(self) -> None:
-        _, processes = world(self.config)
-        if processes > 1:  # batches of processes differ in tasks, so a parameter may have no gradient in some of them
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    torch.distributed.all_reduce(parameter.grad)
-                    parameter.grad /= processes
         factor = self.rate_factor(self._done)
         for group, rate in zip(self.optimizer.param_groups, self._base_rates):
             group["lr"] = rate * factor
@@ -129,18 +115,8 @@ class VIP5Trainer(Trainer):
 
     # evaluation
 
-    @torch.no_grad()
-    def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
+    def _metrics(self, eval_data, show_progress: bool):
         """All tasks of the run on the validation or test part: one dict of metrics."""
-        if not eval_data:
-            return None
-        self._write_best()
-        if load_best_model and (model_file or Path(self.saved_model_file).is_file()):
-            file = model_file or self.saved_model_file
-            checkpoint.load_weights(self.model, checkpoint.load(file, self.device), file)
-            self.logger.info(f"Loading model structure and parameters from {file}")
-        self.model.eval()
-        begin = time.perf_counter()
         test = eval_data.phase == "test"
         result: OrderedDict = OrderedDict()
         for task, prompts in self.model.eval_prompts.items():
@@ -148,8 +124,6 @@ class VIP5Trainer(Trainer):
                 values = self._explanation(prompt, eval_data) if task == "explanation" else self._ranking(prompt, eval_data)
                 label = task if place == 0 else f"{task}[{prompt.id}]"
                 result.update({f"{label}/{name}": value for name, value in values.items()})
-        self.evaluation_times.append(round(time.perf_counter() - begin, 4))
-        self.wandblogger.log_eval_metrics(result, head="eval")
         return result
 
     def samples(self, prompt: Prompt, eval_data) -> tuple[list[tuple[Prompt, Slots]], np.ndarray | None]:
@@ -172,9 +146,7 @@ class VIP5Trainer(Trainer):
     def _ranking(self, prompt: Prompt, eval_data) -> OrderedDict:
         model, data = self.model, eval_data._dataset.inter_feat
         samples, lists = self.samples(prompt, eval_data)
-        rank, processes = world(self.config)
-        share = -(-len(samples) // processes)
-        own = slice(rank * share, (rank + 1) * share)
+        own = distributed.own_part(len(samples))
         count = min(max(self.config["topk"]), model.n_items - 1)
         restrict = None if lists is None else [row[row > 0] for row in lists[own]]
         items, _ = model.rank(samples[own], count, restrict)
@@ -195,14 +167,16 @@ class VIP5Trainer(Trainer):
         model = self.model
         records = model.records
         rows = records.of(1 if eval_data.phase == "valid" else 2)
-        texts = model.explain([(prompt, explanation_slots(records, int(row))) for row in rows])
+        questions = [(prompt, explanation_slots(records, int(row))) for row in rows]
+        parts = distributed.gather_values(model.explain(questions[distributed.own_part(len(questions))]))
+        texts = [text for part in parts for text in part]
         references = [records.explanation[row] for row in rows]
         if "star_rating" in prompt.target_args:
             texts = [text.partition(" , ")[2] or text for text in texts]
         features = [records.feature[row] for row in rows]
         places = self.config["metric_decimal_place"]
         values = {**text_metrics(texts, references), "feature_word": share_with_word(texts, features)}
-        if eval_data.phase == "test" and self._saved and self.config["local_rank"] in (0, None):
+        if eval_data.phase == "test" and self._saved and distributed.is_main():
             lines = ["\t".join(("generated", "reference", "feature_word"))]
             lines += ["\t".join(line) for line in zip(texts, references, features)]
             write_text(self.run_dir / f"explanations-{prompt.id}.tsv", "\n".join(lines) + "\n")

@@ -171,29 +171,6 @@ def test_blocks_of_batches_change_nothing_but_the_draw(folder, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_one_order(folder, monkeypatch, processes):
-    monkeypatch.setattr("torch.distributed.is_available", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda *a: processes)
-    shares = []
-    for rank in range(processes):
-        monkeypatch.setattr("torch.distributed.get_rank", lambda *a, rank=rank: rank)
-        config = small_config(folder, train_neg_sample_args=negatives(2))
-        init_seed(1, True)
-        dataset = create_dataset(config)
-        config["single_spec"], config["world_size"] = False, processes
-        train, _, _ = data_preparation(config, dataset)
-        shares.append(list(train))
-        assert len(shares[-1]) == len(train)
-    assert len({len(share) for share in shares}) == 1
-    rows = rows_of([b for share in shares for b in share], ["user_id", "item_id"])
-    everything = rows_of([train.dataset.inter_feat], ["user_id", "item_id"])
-    assert set(rows) == set(everything) and 0 <= sum(rows.values()) - 2 * sum(everything.values()) < 2 * processes
-    assert not torch.equal(shares[0][0]["neg_item_id"], shares[1][0]["neg_item_id"])
-    seen = used_pairs(train.dataset)
-    assert not any(set(zip(b["user_id"].tolist(), b["neg_item_id"].tolist())) & seen for share in shares for b in share)
-
-
 def test_data_larger_than_the_limit_stay_in_host_memory(folder):
     from recbole_mm.data.sampler import storage_device
 

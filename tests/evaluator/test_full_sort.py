@@ -389,17 +389,18 @@ def test_processes_evaluate_their_share_and_agree(folder, monkeypatch):
     sent: dict[int, list] = {0: [], 1: []}
     for attempt in ("record", "play"):
         for rank in (0, 1):
-            monkeypatch.setattr(full_sort, "world", lambda config, rank=rank: (rank, 2))
+            monkeypatch.setattr(full_sort.distributed, "world", lambda rank=rank: (rank, 2))
             calls = iter(range(10**6))
 
-            def gather(tensor, config, rank=rank, attempt=attempt, calls=calls):
+            def gather_values(value, rank=rank, attempt=attempt, calls=calls):
                 if attempt == "record":
-                    sent[rank].append(tensor)
-                    return [tensor]
+                    sent[rank].append(value)
+                    return [value]
                 call = next(calls)
                 return [sent[0][call], sent[1][call]]
 
-            monkeypatch.setattr(full_sort, "_all_processes", gather)
+            monkeypatch.setattr(full_sort.distributed, "gather_values", gather_values)
+            monkeypatch.setattr(full_sort.distributed, "gather", lambda tensor, send=gather_values: torch.cat(send(tensor)))
             if attempt == "record":
                 collector = Collector(config)
                 collector.data_collect(train)

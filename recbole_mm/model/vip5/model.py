@@ -67,6 +67,7 @@ class VIP5(SequentialRecommender):
     uses_features = True
     dataset_class = VIP5Dataset
     trainer_class = VIP5Trainer
+    parallel = "rows"
 
     @classmethod
     def valid_metrics(cls, settings) -> set[str]:
@@ -141,6 +142,7 @@ class VIP5(SequentialRecommender):
         self.negative_pool = train_items if config["negative_items"] == "train" else np.arange(1, self.n_items)
         self.sampling = SamplingSettings(
             sequential=config["sequential_samples"],
+            sequential_targets=config["sequential_targets"],
             direct=config["direct_samples"],
             candidates=config["train_candidates"] or config["candidates"],
             published=self.published,

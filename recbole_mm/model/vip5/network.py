@@ -25,6 +25,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from recbole_mm.distributed import count_rows, sum_rows
 from recbole_mm.errors import UserError
 
 TASKS = ("sequential", "direct", "explanation")
@@ -60,6 +61,7 @@ class NetworkSettings:
     adapter_non_linearity: str = "gelu_new"
     max_whole_words: int = 1024
     max_categories: int = 16
+    embedding_std: float | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "NetworkSettings":
@@ -150,6 +152,9 @@ class VIP5Network(T5ForConditionalGeneration):
         # made after T5's own initialisation, so that they keep PyTorch's defaults as in the official class
         self.encoder.whole_word_embeddings = nn.Embedding(settings.max_whole_words, settings.d_model)
         self.encoder.category_embeddings = nn.Embedding(settings.max_categories, settings.d_model)
+        if settings.embedding_std is not None:
+            for table in (self.shared, self.encoder.whole_word_embeddings, self.encoder.category_embeddings):
+                nn.init.normal_(table.weight, std=settings.embedding_std)
         if settings.n_vis_tokens:
             self.encoder.visual_embedding = VisualEmbedding(settings)
         if settings.use_adapter:
@@ -334,7 +339,7 @@ def training_loss(token_loss: Tensor, labels: Tensor, weighting: str) -> Tensor:
     """
     lengths = (labels != -100).sum(-1)
     if weighting == "token":
-        return token_loss.sum() / lengths.sum()
+        return sum_rows(token_loss.sum()) / count_rows(lengths.sum())
     return (token_loss.sum(-1) / lengths ** (2 if weighting == "published" else 1)).mean()
 
 

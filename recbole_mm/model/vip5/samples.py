@@ -2,7 +2,8 @@
 
 Sampling follows the release unless said otherwise (positions in a user's sequence counted from 0, training part of m items):
 
-* sequential: target uniform over the last three training items, history from one of the first three to the item before it;
+* sequential: target uniform over the last three training items (`sequential_targets`; the others are never asked for, which starves a model
+  from scratch), history from one of the first three to the item before it;
 * direct: target uniform over the training items; yes/no prompts show it or a random item, lists show it among 99 others;
 * explanation: every training record once;
 * the prompt is drawn uniformly from the training prompts of its task.
@@ -70,6 +71,11 @@ class PromptBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return PromptBatch(**{n: None if v is None else v.to(device, non_blocking=True) for n, v in values.items()})
 
+    def part(self, share) -> "PromptBatch":
+        """The rows of one of several processes (a ``distributed.Share``), as wide as the batch; the items stay, rows point into them."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PromptBatch(**{n: v if n == "items" or v is None else share.take(v) for n, v in own.items()})
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -109,6 +115,7 @@ class SamplingSettings:
     """How many samples an epoch has and what negatives may be."""
 
     sequential: int = 10
+    sequential_targets: int | None = 3  # the last so many training items are targets; None: all
     direct: int = 10
     candidates: int = 99  # other items in a training list
     published: bool = False
@@ -130,7 +137,6 @@ class EpochLoader:
         pool: items that may be drawn as negatives in training.
         settings: see :class:`SamplingSettings`.
         epoch: number of the epoch.
-        rank, world: which share of the batches this process takes.
     """
 
     def __init__(
@@ -142,8 +148,6 @@ class EpochLoader:
         pool: np.ndarray,
         settings: SamplingSettings,
         epoch: int,
-        rank: int = 0,
-        world: int = 1,
     ):
         self.sequences, self.records, self.renderer = sequences, records, renderer
         self.pool, self.settings, self.epoch = pool, settings, epoch
@@ -151,7 +155,6 @@ class EpochLoader:
         rng = np.random.default_rng([settings.seed, epoch])
         self.task, self.prompt, self.row, self.start, self.stop = self._draw(rng, prompts)
         self.batches = self._bucket(rng)
-        self.batches = [batch for batch in self.batches[rank : len(self.batches) - len(self.batches) % world : world]]
 
     def _draw(self, rng, prompts) -> tuple[np.ndarray, ...]:
         """Task, prompt, user (or record), and begin and end of the history of every sample; the target stands at the end."""
@@ -171,7 +174,8 @@ class EpochLoader:
                 rows = np.repeat(users, settings.sequential if name == "sequential" else settings.direct)
                 m = seq.train[rows]
                 if name == "sequential":
-                    last = rng.integers(np.maximum(np.minimum(2, m - 1), m - 3), m)
+                    window = m if settings.sequential_targets is None else settings.sequential_targets
+                    last = rng.integers(np.maximum(np.minimum(2, m - 1), m - window), m)
                     first = rng.integers(0, np.maximum(np.minimum(3, last - 1), 1))
                     first = first if settings.published else np.maximum(first, last - settings.max_history)
                 else:
