@@ -377,7 +377,10 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _ink(pattern: str, x: np.ndarray, y: np.ndarray, phase: float) -> np.ndarray:
     """Bool mask of the dark part of a pattern, before it is cut to the outline."""
     width = 0.32
-    bands = lambda z: ((z + phase * width) % width) < 0.4 * width  # noqa: E731
+
+    def bands(z):
+        return ((z + phase * width) % width) < 0.4 * width
+
     if pattern == "plain":
         return np.zeros_like(x, bool)
     if pattern == "striped":
@@ -401,7 +404,11 @@ def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
 def planted_features(shop: Shop, width: int = 128) -> dict[str, np.ndarray]:
     """Feature tables [I, width] float16 per modality in place of pictures and texts: attributes mixed by a random matrix, with noise."""
     rng = np.random.Generator(np.random.PCG64([shop.seed, 2]))
-    normal = lambda *shape: sum(rng.random(shape, dtype=np.float32) for _ in range(4)) * np.float32(3**0.5) - np.float32(2 * 3**0.5)  # noqa: E731
+
+    def normal(*shape):
+        """Nearly normal numbers (sums of four uniform ones), which are the same with every version of NumPy."""
+        return sum(rng.random(shape, dtype=np.float32) for _ in range(4)) * np.float32(3**0.5) - np.float32(2 * 3**0.5)
+
     tables = {}
     for modality, names in (("textual", TEXTUAL), ("visual", VISUAL)):
         mixing = normal(len(names), N_VALUES, width)

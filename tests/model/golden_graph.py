@@ -102,3 +102,18 @@ def operator_dense(operator) -> np.ndarray:
     full = torch.zeros(n + m, n + m).index_put_(tuple(index), value, accumulate=True)
     real = [*range(1, n), *range(n + 1, n + m)]
     return full[real][:, real].numpy()
+
+
+def check_channels(model, z: dict) -> tuple[Tensor, Tensor]:
+    """Features, every channel and the final vectors of a model on SLMRec's skeleton; returns the final vectors of users and items."""
+    for i, m in enumerate("vt"):
+        close(model.channels.unit_features()[i][1:], z[f"out/feat_norm/{m}"], f"feat_norm/{m}")
+        close(model.channels.items()[i + 1][1:], z[f"out/{m}_dense_emb"], f"{m}_dense_emb")
+    users, items = (side.chunk(3, 1) for side in model.channels(model.operator, model.n_layers))
+    for channel, name in enumerate("ivt"):
+        close(users[channel][1:], z[f"out/{name}_emb_u"], f"{name}_emb_u")
+        close(items[channel][1:], z[f"out/{name}_emb_i"], f"{name}_emb_i")
+    users, items = model.forward()
+    close(users[1:], z["out/user_emb"], "user_emb")
+    close(items[1:], z["out/item_emb"], "item_emb")
+    return users, items

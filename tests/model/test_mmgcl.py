@@ -10,7 +10,6 @@ from recbole_mm.model.mmgcl import MMGCL
 from tests.model import golden_graph as g
 from tests.support import golden_params, load_golden
 
-CHANNELS = {"i": 0, "v": 1, "t": 2}
 MODALITY = {"image": 0, "text": 1}
 TASKS = ["ED", "ED+MM", "ED+MM+CN"]
 
@@ -71,21 +70,10 @@ def ce(logits):
 def test_golden_intermediates(path):
     z = load_golden(path)
     model, batch = golden_model(z), g.batch_of(z)
-    dim = g.reference_config(z)["latent_dim"]
     np.testing.assert_allclose(g.operator_dense(model.operator), g.dense(z, "out/adj"), atol=1e-6)
     for name, operator in graphs(model, z, "drop").items():
         np.testing.assert_allclose(g.operator_dense(operator), g.dense(z, f"aug/{name}_adj"), atol=1e-6)
-    for i, m in enumerate("vt"):
-        g.close(model.channels.unit_features()[i][1:], z[f"out/feat_norm/{m}"], f"feat_norm/{m}")
-        g.close(model.channels.items()[i + 1][1:], z[f"out/{m}_dense_emb"], f"{m}_dense_emb")
-    users, items = model.channels(model.operator, model.n_layers)
-    for name, c in CHANNELS.items():
-        part = slice(c * dim, (c + 1) * dim)
-        g.close(users[1:, part], z[f"out/{name}_emb_u"], f"{name}_emb_u")
-        g.close(items[1:, part], z[f"out/{name}_emb_i"], f"{name}_emb_i")
-    users, items = model.forward()
-    g.close(users[1:], z["out/user_emb"], "user_emb")
-    g.close(items[1:], z["out/item_emb"], "item_emb")
+    users, items = g.check_channels(model, z)
     g.close(users[1:] @ items[1:].T, z["out/scores"], "scores")
     model.ssl_weight = 0
     g.close(model.calculate_loss(batch), z["out/loss_bpr"], "loss_bpr")

@@ -9,7 +9,6 @@ from tests.model import golden_graph as g
 from tests.support import golden_params, load_golden
 
 ADJACENCY = {"pre": "sym", "plain": "plain", "norm": "row_loop", "gcmc": "row", "mean": "row_plus_loop"}
-CHANNELS = {"i": 0, "v": 1, "t": 2}
 
 
 def weights(model) -> dict:
@@ -46,19 +45,8 @@ def golden_model(z, adjacency=None):
 def test_golden_intermediates(path):
     z = load_golden(path)
     model = golden_model(z)
-    dim = g.reference_config(z)["recdim"]
     np.testing.assert_allclose(g.operator_dense(model.operator), g.dense(z, "out/adj"), atol=1e-6)
-    for i, m in enumerate("vt"):
-        g.close(model.channels.unit_features()[i][1:], z[f"out/feat_norm/{m}"], f"feat_norm/{m}")
-        g.close(model.channels.items()[i + 1][1:], z[f"out/{m}_dense_emb"], f"{m}_dense_emb")
-    users, items = model.channels(model.operator, model.n_layers)
-    for name, c in CHANNELS.items():
-        part = slice(c * dim, (c + 1) * dim)
-        g.close(users[1:, part], z[f"out/{name}_emb_u"], f"{name}_emb_u")
-        g.close(items[1:, part], z[f"out/{name}_emb_i"], f"{name}_emb_i")
-    users, items = model.forward()
-    g.close(users[1:], z["out/user_emb"], "user_emb")
-    g.close(items[1:], z["out/item_emb"], "item_emb")
+    users, items = g.check_channels(model, z)
     g.close(users[1:] @ items[1:].T, z["out/raw_scores"], "raw_scores")
     g.close((users[1:] @ items[1:].T).sigmoid(), z["out/scores"], "scores")
     model.eval()
