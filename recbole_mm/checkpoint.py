@@ -3,7 +3,7 @@
 import os
 import random
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,24 @@ def save(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
     Raises:
         TypeError: for any other object; it would have to be pickled.
     """
+    encoded = {"format": FORMAT, **{key: _encode(value, key) for key, value in state.items()}}
     with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, **{key: _encode(value, key) for key, value in state.items()}}, temporary)
+        try:
+            torch.save(encoded, temporary)
+        except RuntimeError as error:  # what PyTorch makes of a full disk
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise UserError(
+                f"The checkpoint {path} cannot be written; as a rule the disk is full. Make room, then go on with --resume={Path(path).parent}."
+            ) from None
 
 
-def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load(path: str | os.PathLike, device: torch.device | str = "cpu", needs: Collection[str] = ()) -> dict[str, Any]:
     """Read a checkpoint that :func:`save` wrote; tensors go to `device`.
 
     Raises:
-        UserError: when the file is missing, damaged, not one of ours, or holds anything but tensors and plain values.
+        UserError: when the file is missing, damaged, not one of ours, without one of the entries it `needs`, or holds anything but tensors
+            and plain values.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,6 +64,11 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[st
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of this version of recbole_mm (expected format {FORMAT!r}).")
+    absent = [key for key in needs if key not in state]
+    if absent:
+        raise UserError(
+            f"The checkpoint {path} is not whole: it has no {', '.join(absent)}. Somebody has changed it; use another one, or train again."
+        )
     return {key: _decode(value, device) for key, value in state.items() if key != "format"}
 
 

@@ -18,13 +18,29 @@ class _Plain(logging.Formatter):
         return _COLOUR.sub("", super().format(record))
 
 
+class _File(logging.FileHandler):
+    """A log on a full disk ends; logging's own way is a traceback for each line that follows."""
+
+    def handleError(self, record):
+        if isinstance(sys.exc_info()[1], OSError):
+            self.setLevel(logging.CRITICAL + 1)
+        else:
+            super().handleError(record)
+
+    def close(self):
+        try:
+            super().close()
+        except OSError:  # what was still in the buffer
+            pass
+
+
 @contextmanager
 def run_log(path: Path | None, state: str | None, console: bool = True) -> Iterator[None]:
     """Send the root logger to the file `path` and to stderr while the block runs; `state` is RecBole's name of the level."""
     level = LEVELS.get(str(state or "info").lower(), logging.INFO)
     handlers: list[logging.Handler] = []
     if path is not None:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _File(path, encoding="utf-8")
         file.setFormatter(_Plain("%(asctime)s %(levelname)s  %(message)s"))
         handlers.append(file)
     if console:

@@ -20,6 +20,10 @@ _FLOAT = re.compile(
 )
 
 
+_MAX_BYTES = 4 << 20  # of a settings file
+_MAX_VALUES = 100_000  # in a settings file, aliases written out
+
+
 class SettingsLoader(yaml.SafeLoader):
     """PyYAML's safe loader with 1e-4 as a number, ``None`` as null, and duplicate keys refused."""
 
@@ -54,6 +58,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        if path.is_file() and path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"{path} is larger than {_MAX_BYTES >> 20} MiB ({path.stat().st_size:,} bytes); this is no settings file.")
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"The settings file {path} does not exist (looked from {Path.cwd()}).") from None
@@ -67,11 +73,25 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if value is None:
         return {}
+    if _written_out(value, {}) > _MAX_VALUES:
+        raise UserError(
+            f"{path}: its aliases (*name) stand for more than {_MAX_VALUES:,} values when written out. Write the values themselves."
+        )
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UserError(
             f"{path}: expected lines of the form `key: value`, got {'a ' + type(value).__name__ if not isinstance(value, dict) else 'keys that are no words'}."
         )
     return value
+
+
+def _written_out(value: Any, known: dict[int, float]) -> float:
+    """How many values `value` holds if each is counted wherever it stands: nine aliases of nine aliases ... fill any memory when printed."""
+    if not isinstance(value, (list, dict)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")  # of itself
+        known[id(value)] = 1 + sum(_written_out(part, known) for part in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
 
 
 def parse_value(text: str) -> Any:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from recbole_mm.data.checks import check_interactions
 from recbole_mm.data.convert.atomic import read_header
 from recbole_mm.data.convert.output import find_pictures
 from recbole_mm.errors import UserError
-from recbole_mm.files import write_text
+from recbole_mm.files import derived_folder, write_text
 
 CHUNK = 500_000
 PICTURES_OPENED = 500  # sizes are those of so many, evenly spread
@@ -72,9 +73,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
 def _read_inter(path: Path) -> dict[str, np.ndarray | None]:
     """Hashes of user and item, and times: 24 bytes a row, whatever the tokens."""
     fields = read_header(path)
-    for field in ("user_id", "item_id"):
-        if field not in fields:
-            raise UserError(f"{path}: expected the fields user_id and item_id, got {', '.join(fields)}.")
+    check_interactions(path, "user_id", "item_id")
     timed = "timestamp" in fields
     columns = ["user_id", "item_id"] + (["timestamp"] if timed else [])
     out: dict[str, list] = {"user": [], "item": [], "time": []}
@@ -254,9 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if Path(args.dataset).name != args.dataset or folder is None:
         raise UserError(f"Unknown dataset {args.dataset!r}: no folder {' or '.join(str(root / args.dataset) for root in roots)}.")
     text = card_text(describe(folder))
-    try:
-        write_text(folder / "card.md", text)
-    except OSError as error:  # a bundled sample in a read-only place: the card is printed all the same
-        print(f"(card.md is not written: {error.strerror})")
-    print(text)
+    path = derived_folder(folder) / "card.md"  # a read-only folder stays as it is, also for root
+    write_text(path, text)
+    print(f"{text}\nWritten to {path}")
     return 0

@@ -9,6 +9,7 @@ import torch
 from recbole.data.dataset import Dataset, SequentialDataset
 
 from recbole_mm.data import features as feature_files
+from recbole_mm.data.checks import check_interactions
 from recbole_mm.data.content import ItemContent
 from recbole_mm.errors import UserError
 
@@ -80,14 +81,15 @@ class MultimodalMixin:
 
     @staticmethod
     def _check_files(config) -> None:
-        """RecBole reports a missing file by its class name and a traceback."""
+        """RecBole reports a missing file by its class name and a traceback, and says nothing of rows that are too short."""
         folder, name = Path(config["data_path"]), config["dataset"]
+        parts = config["benchmark_filename"]
+        if parts and (not isinstance(parts, list) or len(parts) != 3):
+            raise UserError(f"benchmark_filename: expected three parts such as [train, valid, test], got {parts!r}.")
         if not folder.is_dir():
             return  # RecBole knows where to download some
         if config["inter_from"] is None:
-            wanted = (
-                [f"{name}.{part}.inter" for part in config["benchmark_filename"]] if config["benchmark_filename"] else [f"{name}.inter"]
-            )
+            wanted = [f"{name}.{part}.inter" for part in parts] if parts else [f"{name}.inter"]
             absent = [file for file in wanted if not (folder / file).is_file()]
             if absent:
                 there = sorted(p.name for p in folder.iterdir() if p.suffix == ".inter")
@@ -95,6 +97,29 @@ class MultimodalMixin:
                     f"The dataset {name!r} needs {absent[0]} in {folder}; there is {', '.join(there) or 'no .inter file'}. "
                     "Ready splits <name>.train.inter etc. are named by benchmark_filename: [train, valid, test]."
                 )
+            columns = (config["load_col"] or {}).get("inter", "*") if isinstance(config["load_col"], dict) else "*"
+            columns = None if columns == "*" or not columns else columns if isinstance(columns, list) else [columns]
+            fields = config["USER_ID_FIELD"], config["ITEM_ID_FIELD"]
+            if None not in fields and not any(
+                [
+                    check_interactions(folder / file, *fields, columns, config["field_separator"], config["encoding"] or "utf-8")
+                    for file in wanted
+                ]
+            ):
+                raise UserError(f"{folder / wanted[0]}: there is no interaction below the first line.")
+
+    def _parse_intervals_str(self, intervals_str):
+        """RecBole goes on without a filter that it does not understand."""
+        intervals = super()._parse_intervals_str(intervals_str)
+        if (
+            intervals is not None
+            and len(intervals) < len(str(intervals_str).split(";"))
+            or any(low > high for _, low, high, _ in intervals or ())
+        ):
+            raise UserError(
+                f"Expected an interval such as [5,inf) or (0,1];[3,4), got {intervals_str!r}. See user_inter_num_interval and val_interval."
+            )
+        return intervals
 
     def _load_data(self, token, dataset_path):
         source = self.config["inter_from"]

@@ -248,7 +248,13 @@ def _read_meta(folder: Path) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError):
         raise UserError(f"{path} is no JSON. Make the feature set again with `recbole-mm extract`.") from None
-    return meta if isinstance(meta, dict) else {}
+    parts = [meta.get("outputs") or {}, meta.get("missing") or {}] if isinstance(meta, dict) else [None]
+    kinds = (
+        [(dict, part) for part in parts] + [(dict, v) for v in (parts[0] or {}).values()] if isinstance(parts[0], dict) else [(dict, None)]
+    )
+    if not all(isinstance(value, kind) for kind, value in kinds) or not all(isinstance(names, (list, dict)) for names in parts[1].values()):
+        raise UserError(f"{path} is not what `recbole-mm extract` writes. Make the feature set again, or remove the file.")
+    return meta
 
 
 def _check_written(path: Path, meta: dict) -> None:

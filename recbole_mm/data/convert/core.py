@@ -68,9 +68,9 @@ def select(records: Callable[[], Iterable[Row]], scratch: Path, k: int = 0, spli
             buffer[filled] = (hash_token(row.user), hash_token(row.item))
             filled += 1
             if filled == CHUNK:
-                buffer.tofile(stream)
+                stream.write(buffer.data)  # not tofile: it loses rows without a word when the disk is full
                 filled = 0
-        buffer[:filled].tofile(stream)
+        stream.write(buffer[:filled].data)
     usable = np.frombuffer(valid, np.uint8).astype(bool)
     pairs = np.memmap(path, PAIR, "r") if path.stat().st_size else np.empty(0, PAIR)
     stay = _prefilter(pairs, k) if k > 1 else np.ones(len(pairs), bool)
