@@ -353,22 +353,39 @@ def _embedding_norms(original):
 class _RowDropout(TorchFunctionMode):
     """Dropout of a tensor whose first dimension is the share's rows draws the whole batch's mask and takes its own rows of it.
 
-    So processes neither repeat each other's masks nor fall out of step, and they drop what one process would have dropped.
+    So processes neither repeat each other's masks nor fall out of step, and they drop what one process would have dropped. Attention draws
+    its mask inside one kernel; on the CPU, where that kernel is no more than its formula, the formula is written out. On GPUs every process
+    draws the same mask for its rows.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.dropout:
             return _row_dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return _row_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
 
 def _row_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if not training or not 0 < p < 1 or x.dim() == 0 or len(x) != _share.size:
         return F.dropout(x, p, training, inplace)
-    whole = x.detach().new_empty(_share.rows * _share.blocks, *x.shape[1:])
-    mask = F.dropout(whole.fill_(1.0), p, True)
-    return x * _share.take(mask)
+    whole = torch.ones(_share.rows * _share.blocks, *x.shape[1:], dtype=x.dtype, device=x.device)
+    return x * _share.take(F.dropout(whole, p, True))
+
+
+def _row_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+    if not dropout_p or len(q) != _share.size or q.device.type != "cpu" or enable_gqa:
+        more = {"enable_gqa": True} if enable_gqa else {}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **more)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    empty = (scores == -torch.inf).all(-1, keepdim=True)  # a row that sees nothing gives zeros, not NaN
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return _row_dropout(weights, dropout_p) @ v
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ the models see the same mapping and need no line of their own.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recbole_mm import distributed
 from recbole_mm.errors import UserError
 from recbole_mm.model.live import LiveTable
 
@@ -83,7 +85,8 @@ class EncoderBank(FeatureBank):
     batch and the catalogue (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021).
 
     All other rows are the last known values. The whole table is encoded anew every ``bank_refresh_epochs``, and whenever it is read in
-    evaluation mode or a checkpoint is taken after the weights have changed; so a checkpoint's weights alone give the bank back.
+    evaluation mode or a checkpoint is taken after the weights have changed; so a checkpoint's weights alone give the bank back. Several
+    processes share the micro-batches out and exchange their rows, so all hold the same table; all must come to these points together.
 
     Args:
         encoder: a trainable encoder; frozen blocks and gradient checkpointing are set up here.
@@ -117,6 +120,8 @@ class EncoderBank(FeatureBank):
         self._known = False  # whether the table has been filled since the weights came
         self._changed = False  # whether the weights have changed since then
         self._fresh: dict[str, tuple[Tensor, Tensor]] = {}  # modality -> (item ids, their rows as leaves)
+        self._seed = settings["seed"] if "seed" in settings else 0
+        self._epoch = self._batch = 0  # what the draws of the micro-batches depend on where processes share them out
         self._draws: list[tuple[Tensor, list[Tensor]]] = []  # micro-batch -> (item ids, state of the generators before it)
         self.register_state_dict_pre_hook(lambda bank, prefix, keep: bank.settle())
         self.register_load_state_dict_post_hook(lambda bank, keys: bank.forget())
@@ -168,8 +173,11 @@ class EncoderBank(FeatureBank):
         """Encode every item in evaluation mode."""
         mode = self.encoder.training
         self.encoder.eval()
-        for items in torch.arange(1, len(self._inputs.content.tokens)).split(self.micro_batch):
-            for m, (ids, rows) in self._encode(items).items():
+        rank, processes = distributed.world()
+        parts = torch.arange(1, len(self._inputs.content.tokens)).split(self.micro_batch)
+        for begin in range(0, len(parts), processes):  # each process encodes one, and all get all
+            own = parts[begin + rank] if begin + rank < len(parts) else parts[0][:0]
+            for m, (ids, rows) in self._gathered([self._encode(own)]).items():
                 self._table(m)[ids.to(rows.device)] = rows
         self.encoder.train(mode)
         for m in self.live:
@@ -180,6 +188,22 @@ class EncoderBank(FeatureBank):
                 table[absent] = table[has.to(table.device)].mean(dim=0)
         self._known, self._changed = True, False
         self._drop()
+
+    def _gathered(self, parts: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The results of several :meth:`_encode`, put together and with those of the other processes, sorted by item."""
+        out = {}
+        for m in self.live:
+            found = [part[m] for part in parts if m in part]
+            table = self._table(m)
+            ids = torch.cat([ids for ids, _ in found]) if found else torch.zeros(0, dtype=torch.int64)
+            rows = torch.cat([rows for _, rows in found]) if found else table[:0]
+            if distributed.world()[1] > 1:
+                ids, rows = distributed.gather(ids), distributed.gather(rows)
+                order = ids.argsort()
+                ids, rows = ids[order], rows[order.to(rows.device)]
+            if len(ids):
+                out[m] = ids, rows
+        return out
 
     def _encode(self, items: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Features of `items` (on the CPU): modality -> (ids that have the content, rows [b, F_m])."""
@@ -202,6 +226,7 @@ class EncoderBank(FeatureBank):
 
     def before_epoch(self, epoch: int) -> None:
         """Encode everything anew every `bank_refresh_epochs` epochs (0: only for evaluations and checkpoints)."""
+        self._epoch, self._batch = epoch, 0
         if self.refresh_epochs and epoch % self.refresh_epochs == 0 and self._changed:
             self.encode_all()
 
@@ -218,33 +243,42 @@ class EncoderBank(FeatureBank):
             self.encode_all()
         self._drop()
         items = items.unique().cpu()
-        parts: dict[str, list] = {m: [] for m in self.live}
-        for ids in items[items > 0].split(self.micro_batch):
+        rank, processes = distributed.world()
+        before, parts = generator_states(), []
+        for number, ids in enumerate(items[items > 0].split(self.micro_batch)):
+            if number % processes != rank:
+                continue
+            if processes > 1:  # nobody draws for the others: each micro-batch has a seed of its own
+                torch.manual_seed(int(np.random.SeedSequence([self._seed or 0, self._epoch, self._batch, number]).generate_state(1)[0]))
             self._draws.append((ids, generator_states()))
-            for m, part in self._encode(ids).items():
-                parts[m].append(part)
-        for m, found in parts.items():
-            if found:
-                ids = torch.cat([ids for ids, _ in found]).to(self._table(m).device)
-                rows = torch.cat([rows for _, rows in found])
-                self._table(m)[ids] = rows
-                self._fresh[m] = ids, rows.requires_grad_()
+            parts.append(self._encode(ids))
+        if processes > 1:
+            set_generator_states(before)
+        self._batch += 1
+        for m, (ids, rows) in self._gathered(parts).items():
+            ids = ids.to(self._table(m).device)
+            self._table(m)[ids] = rows
+            self._fresh[m] = ids, rows.requires_grad_()
 
     def after_backward(self) -> None:
         """Send the gradient of the batch's rows through the encoder, one micro-batch at a time."""
         after = generator_states()
-        place = dict.fromkeys(self._fresh, 0)
+        gradients = {m: leaf.grad for m, (_, leaf) in self._fresh.items()}
+        if distributed.world()[1] > 1:  # each process's loss has its part of the gradient, each process its micro-batches
+            used = distributed.all_sum(torch.tensor([gradients[m] is not None for m in self._fresh], dtype=torch.int64)).tolist()
+            for (m, (_, leaf)), count in zip(self._fresh.items(), used):
+                if count:
+                    gradients[m] = distributed.all_sum(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
         for ids, states in self._draws:
             set_generator_states(states)
-            rows, gradients = [], []
+            rows, own_gradients = [], []
             for m, (own, features) in self._encode(ids).items():
-                leaf = self._fresh[m][1]
-                if leaf.grad is not None and features.requires_grad:
+                if gradients[m] is not None and features.requires_grad:
                     rows.append(features)
-                    gradients.append(leaf.grad[place[m] : place[m] + len(own)])
-                place[m] += len(own)
+                    known = self._fresh[m][0]
+                    own_gradients.append(gradients[m][torch.searchsorted(known, own.to(known.device))])
             if rows:
-                torch.autograd.backward(rows, gradients)
+                torch.autograd.backward(rows, own_gradients)
         set_generator_states(after)
         self._drop()
         self._changed = True
@@ -298,8 +332,6 @@ def _encoder_bank(config, dataset, order) -> EncoderBank:
     from recbole_mm.encoder.inputs import CatalogueInputs
     from recbole_mm.encoder.trainable import TrainableEncoder
 
-    if not config["single_spec"]:
-        raise UserError("encoder_training: end2end runs in one process; set --nproc=1.")
     settings = {k: v for k, v in config.final_config_dict.items() if k.startswith("encoder_") or k in ("pretrained", "feature")}
     encoder = build_encoder(config["encoder"], settings)
     if not isinstance(encoder, TrainableEncoder):

@@ -7,6 +7,7 @@ import math
 import torch
 from recbole.data.interaction import Interaction
 
+from recbole_mm.distributed import is_main
 from recbole_mm.errors import UserError
 from recbole_mm.files import write_text
 from recbole_mm.trainer.trainer import Trainer
@@ -48,12 +49,10 @@ class PerPEFTTrainer(Trainer):
     The groups are in every checkpoint and in ``groups.csv`` of the run directory.
     """
 
+    wrap = False  # the adapter of the batch's group is trainable, all others are not
+
     def __init__(self, config, model):
         super().__init__(config, model)
-        if not config["single_spec"]:
-            raise UserError(
-                "PerPEFTSASRec trains in one process: gradients of adapters that a batch does not use cannot be averaged. Leave nproc at 1."
-            )
         if model.personalized and not 0 <= model.global_epochs < self.epochs:
             raise UserError(
                 f"global_epochs: expected 0 to epochs - 1 = {self.epochs - 1}, got {model.global_epochs}; epochs counts the global and the "
@@ -76,7 +75,7 @@ class PerPEFTTrainer(Trainer):
         self.optimizer.state.clear()
         self.cur_step = 0
         self.best_valid_score = -math.inf if self.valid_metric_bigger else math.inf
-        if self._saved:
+        if self._saved and is_main():
             self._write_groups(groups)
 
     def _write_groups(self, groups: torch.Tensor) -> None:

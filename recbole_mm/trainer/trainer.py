@@ -291,6 +291,7 @@ class Trainer(RecBoleTrainer):
             checkpoint.load_weights(self.model, checkpoint.load(file, self.device), file)
             self.logger.info(f"Loading model structure and parameters from {file}")
         self.model.eval()
+        self._settle()
         self._hook("before_evaluation")
         begin = time.perf_counter()
         metrics = self._metrics(eval_data, show_progress)
@@ -332,7 +333,7 @@ class Trainer(RecBoleTrainer):
             self._write_best()
 
     def _settle(self) -> None:
-        """Let the processes encode an end-to-end run's items together before one of them takes a checkpoint."""
+        """Let the processes encode an end-to-end run's items together before each goes its own way: evaluates its rows, writes a checkpoint."""
         if self._exchange is not None and getattr(getattr(self.model, "features", None), "trainable", False):
             self.model.features.settle()
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from recbole_mm.data.group_sampler import GroupSampler
 from recbole_mm.data.sampler import pair_keys
 from recbole_mm.data.user_sequence import UserSequenceDataset
+from recbole_mm.distributed import Share, broadcast_tensors, sharing
 from recbole_mm.encoder.clip import TransformersNetwork
 from recbole_mm.encoder.extract import choose_precision
 from recbole_mm.errors import UserError
@@ -48,6 +49,7 @@ class PerPEFTSASRec(SequentialRecommender):
     supported_paradigms = ("frozen",)
     dataset_class = UserSequenceDataset
     trainer_class = PerPEFTTrainer
+    parallel = "own"  # the negatives are drawn for the whole batch, and the mean is one over positions
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
@@ -156,7 +158,10 @@ class PerPEFTSASRec(SequentialRecommender):
         groups[known] = means.predict(vectors[known])
         groups[fitted] = means.labels_
         self.network.copy_group(0, list(range(1, self.n_groups)))
-        self.user_group.copy_(torch.from_numpy(groups))
+        found = torch.from_numpy(groups)
+        broadcast_tensors([found])  # a last digit that differs between processes must not put a user into two groups
+        groups = found.numpy()
+        self.user_group.copy_(found)
         self.grouped.fill_(True)
         self._reset()
         sizes = np.bincount(groups[known], minlength=self.n_groups)
@@ -203,17 +208,22 @@ class PerPEFTSASRec(SequentialRecommender):
 
         An interaction that brings its own sequence (validation, with `stop_on: loss`) counts at its last position only.
         """
-        users = interaction[self.USER_ID]
+        users, share = interaction[self.USER_ID], None
         if self.ITEM_SEQ in interaction:
             sequence = left_padded(interaction[self.ITEM_SEQ])
             positive = torch.zeros_like(sequence)
             positive[:, -1] = interaction[self.ITEM_ID]
         else:
             users = users.unique()
+            share = Share.of(len(users))
             rows = self.sequences[users]
             sequence, positive = rows[:, :-1], rows[:, 1:] * (rows[:, :-1] > 0)
         negative = self.sample_negatives(users, sequence.shape[1]) * (positive > 0)
-        return self.network.loss(sequence, positive, negative, self.user_group[users])
+        if share is None:
+            return self.network.loss(sequence, positive, negative, self.user_group[users])
+        with sharing(share):
+            own = (share.take(column) for column in (sequence, positive, negative, self.user_group[users]))
+            return self.network.loss(*own) * share.scale
 
     # evaluation
 
@@ -227,7 +237,8 @@ class PerPEFTSASRec(SequentialRecommender):
     def before_evaluation(self) -> None:
         """Encode the catalogue once for every group that has users."""
         for group in self.user_group[1:].unique().tolist():
-            self._table(group)
+            if group not in self._tables:
+                self._tables[group] = self.network.item_table(group, together=True)
 
     @torch.no_grad()
     def full_sort_predict(self, interaction) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from recbole_mm import distributed
 from recbole_mm.layer.adapter import Projector
 from recbole_mm.layer.sasrec import SequenceEncoder, xavier_normal_matrices
 
@@ -64,10 +65,14 @@ class GroupedSASRec(nn.Module):
         return vectors[place[1:]].unflatten(0, items.shape)
 
     @torch.no_grad()
-    def item_table(self, group: int) -> Tensor:
-        """Every item as group `group` sees it, [I, D], the catalogue encoded once."""
+    def item_table(self, group: int, together: bool = False) -> Tensor:
+        """Every item as group `group` sees it, [I, D], the catalogue encoded once; `together`, each process encodes a part of it."""
         items = torch.arange(1, self.item_embedding.num_embeddings, device=self.item_embedding.weight.device)
-        return self.weight * self.project(self.encoder(items, group), group) + self.item_embedding.weight
+        if together and len(items) >= distributed.world()[1] ** 2:  # nobody's part is empty
+            features = distributed.gather(self.encoder(items[distributed.own_part(len(items))], group))
+        else:
+            features = self.encoder(items, group)
+        return self.weight * self.project(features, group) + self.item_embedding.weight
 
     def loss_terms(self, sequence: Tensor, positive: Tensor, negative: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Binary cross entropies of positives and of negatives, summed over the positions that have a positive (0 is none)."""
@@ -89,7 +94,8 @@ class GroupedSASRec(nn.Module):
         for group in groups.unique().tolist():
             rows = groups == group
             total = total + sum(self.loss_terms(sequence[rows], positive[rows], negative[rows], group))
-        return total / (positive > 0).sum().clamp(min=1) + self.l2_emb * self.item_embedding.weight.norm()
+        count = distributed.count_rows((positive > 0).sum())
+        return distributed.sum_rows(total) / count.clamp(min=1) + self.l2_emb * self.item_embedding.weight.norm()
 
     def user_vectors(self, sequence: Tensor, groups: Tensor, table: Callable[[int], Tensor]) -> Tensor:
         """State at the last position [B, D]; ``table(group)`` gives the group's items [I, D]."""
