@@ -311,6 +311,13 @@ def count_rows(number: Tensor) -> Tensor:
     return number if _share is None else all_sum(number)
 
 
+def rand_rows(rows: int, *shape: int, device=None) -> Tensor:
+    """Uniform numbers [rows, ...]; where `rows` are those of the share, the own ones of the whole batch's draws."""
+    if _share is None or rows != _share.size:
+        return torch.rand(rows, *shape, device=device)
+    return _share.take(torch.rand(_share.rows * _share.blocks, *shape, device=device))
+
+
 def gather_rows(*parts: Tensor) -> list[Tensor]:
     """For each of the tensors, which have the same length here, those of all shares below each other, with gradient; the shares' lengths may differ."""
     if _share is None:

@@ -11,8 +11,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from recbole_mm import distributed
 from recbole_mm.config import Config
 from recbole_mm.data.content import ItemContent, open_picture
 from recbole_mm.data.features import META_FILE, feature_files, set_folder, set_name, set_names, write_feature_set
@@ -222,13 +221,11 @@ def extract(config, folder: Path | None = None, *, progress: bool = True, overwr
         raise UserError("extract needs --encoder, e.g. --encoder=classic.")
     folder = Path(folder) if folder is not None else set_folder(config)
     chosen = None if every_modality else config["modalities"]
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+    rank, processes = distributed.world()
     if processes == 1 and not overwrite and _finished(folder, config, chosen):
         return folder  # without the lock: the folder may be one that nobody can write to
     with locked(folder.with_name(f".{folder.name}.lock")) if rank == 0 else nullcontext():
-        _wait_for_all(processes)  # from here on nobody but us writes the set, so all ranks find the same
+        distributed.barrier()  # from here on nobody but us writes the set, so all ranks find the same
         if overwrite or not _finished(folder, config, chosen):
             _extract(config, folder, chosen, rank, processes, progress, overwrite)
     return folder
@@ -273,7 +270,7 @@ def _extract(config, folder: Path, chosen: Sequence[str] | None, rank: int, proc
     key = {"shaping": shaping, "fingerprint": encoder.fingerprint(), "precision": precision, "batch": batch, "part": PART}
     key["inputs"] = {m: [len(work.items), work.hash] for m, work in works.items()}
     partial = folder.with_name(f".{folder.name}.partial")
-    _begin_partial(partial, key, rank, processes)
+    _begin_partial(partial, key, rank)
 
     total = sum(len(work.items) for work in works.values())
     done = sum(len(part) for m, work in works.items() for part in work.parts() if _part_file(partial, m, part).is_file())
@@ -294,10 +291,10 @@ def _extract(config, folder: Path, chosen: Sequence[str] | None, rank: int, proc
                 _write_part(partial, modality, part, torch.cat(rows), broken)
                 rows, broken, part = [], {}, next(queue, None)
     bar.close()
-    _wait_for_all(processes)
+    distributed.barrier()
     if rank == 0:
         _merge(partial, folder, content, encoder, works, precision, shaping)
-    _wait_for_all(processes)
+    distributed.barrier()
 
 
 def _encode_halving(encoder, modality, pictures, texts, device) -> tuple[Tensor, dict[int, str]]:
@@ -329,7 +326,7 @@ def _write_part(partial: Path, modality: str, part: range, rows: Tensor, broken:
         np.save(temporary, rows.numpy())
 
 
-def _begin_partial(partial: Path, key: dict, rank: int, processes: int) -> None:
+def _begin_partial(partial: Path, key: dict, rank: int) -> None:
     """Keep finished parts of the same work, drop those of any other."""
     text = json.dumps(key, sort_keys=True, default=str)
     if rank == 0:
@@ -341,12 +338,7 @@ def _begin_partial(partial: Path, key: dict, rank: int, processes: int) -> None:
         partial.mkdir(parents=True, exist_ok=True)
         with atomic_path(plan) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    _wait_for_all(processes)
-
-
-def _wait_for_all(processes: int) -> None:
-    if processes > 1:
-        torch.distributed.barrier()
+    distributed.barrier()
 
 
 def _merge(partial, folder, content, encoder, works, precision, shaping) -> None:
@@ -431,7 +423,7 @@ def ensure_features(config) -> None:
             + (f" (there are also the feature sets {', '.join(others)})." if others else ".")
         )
     folder = set_folder(config)
-    there = feature_files(folder)
+    there = distributed.on_main(lambda: feature_files(folder))  # the others may look when the first has begun to write
     if not there:
         extract(config, folder, progress=bool(config["show_progress"]), every_modality=True)
     elif set_name(config) == config["encoder"]:
@@ -449,43 +441,17 @@ def main(arguments: list[str]) -> int:
     """
     given = parse_arguments(arguments)
     overwrite = bool(given.get("overwrite", False))
-    nproc = int(given.get("nproc", 1))
     files = given.get("config_files")
-    skip = ("overwrite", "nproc", "config_files")
+    skip = ("overwrite", "config_files")
     words = [f"--{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in given.items() if key not in skip]
-    if nproc > 1:
-        return _start_processes(nproc, arguments)
     files = files.replace(",", " ").split() if isinstance(files, str) else files
     external = set(given) | {key for file in files or [] for key in load_yaml(file)}
     config = Config("VBPR" if "model" not in external else None, None if "dataset" in external else "shop", files, None, words)
     before = feature_files(set_folder(config)) and not overwrite
     folder = extract(config, overwrite=overwrite)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if distributed.is_main():
         _say(folder, existed=bool(before))
     return 0
-
-
-def _start_processes(nproc: int, arguments: list[str]) -> int:
-    """Run this command under torchrun with `nproc` processes."""
-    rest, skipping = [], False
-    for word in arguments:
-        if word.startswith("--"):
-            skipping = word[2:].partition("=")[0] == "nproc"
-        if not skipping:
-            rest.append(word)
-    program = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={nproc}",
-        "-m",
-        "recbole_mm.cli",
-        "extract",
-        *rest,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))}
-    return subprocess.run(program, env=environment).returncode
 
 
 def _say(folder: Path, existed: bool) -> None:

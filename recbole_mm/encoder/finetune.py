@@ -8,10 +8,15 @@ it through the network (Gao et al., RepL4NLP 2021). Matching and masked words ne
 Some items are kept for validation; training stops when their loss no longer falls, and the best weights are kept. Every epoch leaves a
 checkpoint; ``--resume=<folder>`` goes on where a killed run stopped.
 
+Several processes (``--nproc``, torchrun) share out the pairs of every micro-batch: each encodes its own, all compute the contrast over the
+whole batch, and each sends the gradient of its features back. What is drawn (order, crops, blanked words, negatives, masks) is drawn by all
+alike, so the step is that of one process.
+
 Usage: recbole-mm finetune --dataset=shop --encoder=tiny-clip [--finetune_epochs=30 ...] [--feature_set=name] [--output=folder]
        recbole-mm finetune --resume=<folder>
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_mm import checkpoint
+from recbole_mm import checkpoint, distributed
 from recbole_mm.config import Config
 from recbole_mm.data.content import ItemContent
 from recbole_mm.encoder import build_encoder
@@ -41,7 +46,7 @@ RUN_FILE, LAST_FILE, WEIGHTS = "finetune.json", "last.pt", "encoder"
 def main(arguments: Sequence[str]) -> int:
     """Fine-tune an encoder on a dataset's item pictures and texts, then encode the catalogue into a new feature set.
 
-    recbole-mm finetune --dataset=shop --encoder=tiny-clip [--finetune_epochs=30] [--feature_set=NAME] [--output=FOLDER]
+    recbole-mm finetune --dataset=shop --encoder=tiny-clip [--finetune_epochs=30] [--feature_set=NAME] [--output=FOLDER] [--nproc=N]
     recbole-mm finetune --resume=FOLDER
 
     All keys finetune_* are explained in properties/encoder/<encoder>.yaml. The folder (default <checkpoint_dir>/finetune-<encoder>-<dataset>)
@@ -65,6 +70,8 @@ def main(arguments: Sequence[str]) -> int:
     config = Config("BPR", config_dict=given)
     if folder is None:
         folder = Path(output or Path(config["checkpoint_dir"]) / f"finetune-{config['encoder']}-{config['dataset']}")
+    if distributed.is_main():
+        distributed.report("run_dir", str(folder))
     tuner = Finetuner(config, folder, given)
     if resume:
         tuner.resume()
@@ -73,7 +80,8 @@ def main(arguments: Sequence[str]) -> int:
     name = given.get("feature_set") or f"{config['encoder']}-finetuned"
     settings = {**given, "pretrained": str(weights), "feature_set": name, "encoder_training": "finetuned"}
     made = extract(Config("BPR", config_dict=settings), overwrite=True)
-    print(f"Weights in {weights}, feature set in {made}; use them with --encoder={config['encoder']} --feature_set={name}")
+    if distributed.is_main():
+        print(f"Weights in {weights}, feature set in {made}; use them with --encoder={config['encoder']} --feature_set={name}")
     return 0
 
 
@@ -98,6 +106,7 @@ class Finetuner:
         encoder.freeze(config["encoder_freeze_blocks"] or 0)
         encoder.set_checkpointing(bool(config["encoder_gradient_checkpointing"]))
         self.encoder = encoder.to(device)
+        distributed.broadcast_tensors(encoder.parameters())
         self.inputs = CatalogueInputs(encoder, content, device)
         pairs = self.inputs.has("joint").nonzero().squeeze(1)
         if len(pairs) < 4:
@@ -142,6 +151,8 @@ class Finetuner:
             better = valid["valid_loss"] < self.best
             self.best, self.waited = (valid["valid_loss"], 0) if better else (self.best, self.waited + 1)
             self.epoch += 1
+            if not distributed.is_main():
+                continue
             if better:
                 self._save_weights()
             self._save()
@@ -160,6 +171,7 @@ class Finetuner:
 
     def _train_epoch(self) -> float:
         self.encoder.train()
+        distributed.same_generators(everything=True)
         order = self.train_items[torch.randperm(len(self.train_items))]
         batches = [b for b in order.split(self.batch_size) if len(b) == self.batch_size] or [order]
         total = 0.0
@@ -168,6 +180,8 @@ class Finetuner:
                 group["lr"] = self._rate() * self.config["finetune_learning_rate"]
             self.optimizer.zero_grad()
             loss = self.losses.backward(batch)
+            distributed.average_gradients(self.encoder.parameters())
+            distributed.same_generators()
             if not torch.isfinite(torch.tensor(loss)):
                 raise UserError(f"The fine-tuning loss is no longer a number (epoch {self.epoch}). Lower finetune_learning_rate.")
             total += loss
@@ -187,33 +201,40 @@ class Finetuner:
         state = checkpoint.random_state()
         torch.manual_seed(self.config["seed"])
         images, texts = self._features(self.valid_items)
-        loss = self.losses.validation(self.valid_items, images, texts)
+        # on GPUs the last digits may differ between processes, and all must stop in the same epoch
+        loss = distributed.broadcast_value(self.losses.validation(self.valid_items, images, texts))
         hits = ((images @ texts.t()).argmax(dim=1).cpu() == torch.arange(len(images))).float().mean().item()
         checkpoint.set_random_state(state)
         return {"valid_loss": loss, "recall@1": hits}
 
     def _features(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [self.encoder.pair_features(self.inputs.images(ids), self.inputs.texts(ids)) for ids in items.split(self.micro)]
-        return torch.cat([i for i, _ in parts]).float(), torch.cat([t for _, t in parts]).float()
+        parts = []
+        for whole in items.split(self.micro):
+            with share_of(whole) as take:
+                ids = take(whole)
+                found = self.encoder.pair_features(self.inputs.images(ids), self.inputs.texts(ids))
+                parts.append(distributed.gather_rows(*(f.float() for f in found)))
+        return torch.cat([i for i, _ in parts]), torch.cat([t for _, t in parts])
 
     def images(self, items: Tensor) -> Tensor:
-        """Training pictures, each cropped at random to at least `finetune_crop` of its area and mirrored at random."""
-        images = self.inputs.images(items)
+        """Training pictures of the own share of `items`, each cropped at random to at least `finetune_crop` of its area and mirrored at random."""
+        images = self.inputs.images(own(items))
         if not self.encoder.training:
             return images
         if self.config["finetune_crop"] < 1:
-            images = random_crops(images, self.config["finetune_crop"])
+            images = random_crops(images, self.config["finetune_crop"], len(items))
         if self.config["finetune_mirror"]:
-            mirrored = torch.rand(len(images), device=images.device) < 0.5
+            mirrored = own(torch.rand(len(items), device=images.device)) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return images
 
     def texts(self, items: Tensor) -> Tensor:
-        """Training texts, each word piece blanked with probability `finetune_word_dropout`: article numbers teach only what to memorise."""
-        ids, rate = self.inputs.texts(items), self.config["finetune_word_dropout"]
+        """Training texts of the own share of `items`, each word piece blanked with probability `finetune_word_dropout`: article numbers teach only what to memorise."""
+        ids, rate = self.inputs.texts(own(items)), self.config["finetune_word_dropout"]
         if not self.encoder.training or not rate:
             return ids
-        return torch.where((torch.rand(ids.shape, device=ids.device) < rate) & self.encoder.is_word(ids), self.encoder.blank, ids)
+        drawn = own(torch.rand(len(items), *ids.shape[1:], device=ids.device))
+        return torch.where((drawn < rate) & self.encoder.is_word(ids), self.encoder.blank, ids)
 
     def autocast(self):
         return torch.autocast(self.inputs.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -272,15 +293,36 @@ class Finetuner:
             "best_valid_loss": self.best,
             "epochs": self.history,
         }
-        write_json(self.folder / RUN_FILE, record)
+        record["processes"] = distributed.world()[1]
+        if distributed.is_main():
+            write_json(self.folder / RUN_FILE, record)
+        distributed.barrier()  # the weights are there
         return self.folder / WEIGHTS
 
 
-def random_crops(images: Tensor, area: float) -> Tensor:
-    """Cut a square of `area` to 1 of each picture's area at a random place and bring it back to full size, [B, 3, S, S]."""
-    n, device = len(images), images.device
+@contextlib.contextmanager
+def share_of(items: Tensor):
+    """Share `items` among the processes for a while; gives the function that takes the own ones."""
+    share = distributed.Share.of(len(items))
+    with distributed.sharing(share):
+        yield (lambda column: column) if share is None else share.take
+
+
+def own(column: Tensor) -> Tensor:
+    """The rows of a column of the whole micro-batch that are this process's."""
+    share = distributed.active()
+    return column if share is None else share.take(column)
+
+
+def random_crops(images: Tensor, area: float, whole: int | None = None) -> Tensor:
+    """Cut a square of `area` to 1 of each picture's area at a random place and bring it back to full size, [B, 3, S, S].
+
+    `whole` is the size of the micro-batch of which the pictures are the own share: its draws are made, and the own ones taken.
+    """
+    n, device = len(images) if whole is None else whole, images.device
     edge = (area + (1 - area) * torch.rand(n, device=device)).sqrt()
     shift = (torch.rand(n, 2, device=device) * 2 - 1) * (1 - edge)[:, None]
+    edge, shift, n = own(edge), own(shift), len(images)
     theta = torch.zeros(n, 2, 3, device=device)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = edge, edge, shift
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -294,7 +336,7 @@ class ContrastiveLoss:
         self.tuner, self.encoder = tuner, tuner.encoder
 
     def features(self, items: Tensor) -> list[Tensor]:
-        """What the loss compares, each [b, E]."""
+        """What the loss compares, each [b, E], of the own share of `items`."""
         with self.tuner.autocast():
             return list(self.encoder.pair_features(self.tuner.images(items), self.tuner.texts(items)))
 
@@ -332,30 +374,37 @@ class VLMoLosses(ContrastiveLoss):
     def backward(self, items: Tensor) -> float:
         total, features = cached_step(items.split(self.tuner.micro), self.features, self.loss, self.tuner.scaler)
         logits = vlmo.similarities(features[0].float(), features[1].float(), self.encoder.logit_scale.detach())
+        distributed.same_generators()
+        processes = distributed.world()[1]
+        rest = torch.zeros(())
         for loss in self.own_losses(items, logits):
-            self.tuner.scaler.scale(loss).backward()
-            total += loss.item()
-        return total
+            self.tuner.scaler.scale(loss * processes).backward()  # the mean over the processes becomes the sum of their parts
+            rest += loss.item()
+        return total + distributed.all_sum(rest).item()
 
     def own_losses(self, items: Tensor, logits: Tensor):
-        """Yield matching and masked-word losses of the micro-batches, each with its share of the batch's mean."""
+        """Yield matching and masked-word losses of this process's part of the micro-batches, each with its share of the batch's mean."""
         to_text, to_image = vlmo.matching_weights(logits, len(items))
         drawn_images, drawn_texts = items[vlmo.draw(to_image).cpu()], items[vlmo.draw(to_text).cpu()]
         network, inputs = self.encoder.network, self.tuner.inputs
         words = inputs.texts(items)
         masked, labels = self.encoder.mask_for_training(words)
         count = (labels != vlmo.IGNORE).sum().clamp(min=1)
-        for rows in torch.arange(len(items)).split(self.tuner.micro):
-            ids, images = words[rows], self.tuner.images(items[rows])
-            mask = self._mask(ids)
-            negative_ids = inputs.texts(drawn_texts[rows])
-            with self.tuner.autocast():
-                itm, _, _ = vlmo.matching(
-                    network, images, ids, mask, self.tuner.images(drawn_images[rows]), (negative_ids, self._mask(negative_ids))
-                )
-                yield itm * len(rows) / len(items)
-                mlm, _ = vlmo.masked_words(network, images, masked[rows], mask, labels[rows])
-                yield mlm * (labels[rows] != vlmo.IGNORE).sum() / count
+        for whole in torch.arange(len(items)).split(self.tuner.micro):
+            with share_of(whole) as take:
+                rows = take(whole)
+                images = self.tuner.images(items[whole])
+                ids = words[rows]
+                mask = self._mask(ids)
+                negative_ids = inputs.texts(drawn_texts[rows])
+                with self.tuner.autocast():
+                    drawn = self.tuner.images(drawn_images[whole])
+                    itm, _, _ = vlmo.matching(network, images, ids, mask, drawn, (negative_ids, self._mask(negative_ids)))
+                    # a micro-batch too small to share is computed by all, who then have an equal part in it
+                    part = 1 if distributed.active() else 1 / distributed.world()[1]
+                    yield part * itm * len(rows) / len(items)
+                    mlm, _ = vlmo.masked_words(network, images, masked[rows], mask, labels[rows])
+                    yield part * mlm * (labels[rows] != vlmo.IGNORE).sum() / count
 
     def _mask(self, ids: Tensor) -> Tensor:
         return (ids != self.encoder.pieces.pad).long()
@@ -365,7 +414,8 @@ class VLMoLosses(ContrastiveLoss):
 
     def validation(self, items: Tensor, images: Tensor, texts: Tensor) -> float:
         logits = vlmo.similarities(images, texts, self.encoder.logit_scale)
-        return vlmo.contrast(logits).item() + sum(loss.item() for loss in self.own_losses(items, logits))
+        rest = torch.tensor(sum(loss.item() for loss in self.own_losses(items, logits)))
+        return vlmo.contrast(logits).item() + distributed.all_sum(rest).item()
 
 
 def cached_step(micro_batches: Sequence[Tensor], features, loss, scaler=None) -> tuple[float, list[Tensor]]:
@@ -383,7 +433,8 @@ def cached_step(micro_batches: Sequence[Tensor], features, loss, scaler=None) ->
     from recbole_mm.model.bank import generator_states, set_generator_states
 
     scale = (lambda x: x) if scaler is None else scaler.scale
-    if len(micro_batches) == 1:
+    processes = distributed.world()[1]
+    if len(micro_batches) == 1 and processes == 1:
         found = features(micro_batches[0])
         value = loss(found)
         scale(value).backward()
@@ -392,14 +443,19 @@ def cached_step(micro_batches: Sequence[Tensor], features, loss, scaler=None) ->
     with torch.no_grad():
         for items in micro_batches:
             states.append(generator_states())
-            parts.append(features(items))
+            with share_of(items):
+                parts.append(distributed.gather_rows(*features(items)))
     whole = [torch.cat(column).requires_grad_() for column in zip(*parts)]
-    value = loss(whole)
+    value = loss(whole)  # every process computes it over all pairs, so the mean of their gradients is right for its own parameters
     scale(value).backward()
     after, begin = generator_states(), 0
     for items, state in zip(micro_batches, states):
         set_generator_states(state)
-        torch.autograd.backward(features(items), [f.grad[begin : begin + len(items)] for f in whole])
+        with share_of(items) as take:
+            # own rows only: the mean over the processes has to become their sum
+            factor = 1 if distributed.active() is None else processes
+            gradients = [factor * take(f.grad[begin : begin + len(items)]) for f in whole]
+            torch.autograd.backward(features(items), gradients)
         begin += len(items)
     set_generator_states(after)
     return value.item(), [f.detach() for f in whole]

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from recbole_mm.distributed import rand_rows
 from recbole_mm.errors import UserError
 
 BLOCK_EPS = 1e-6
@@ -114,7 +115,7 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """Zero the branch of whole samples with probability `rate` and scale the others up, so that the mean stays."""
     if not training or rate == 0:
         return x
-    keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= rate
+    keep = rand_rows(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= rate
     return x * keep.to(x.dtype) / (1 - rate)
 
 
