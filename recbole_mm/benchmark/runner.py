@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from recbole_mm.benchmark.needs import blocked, combine, describe, needs_of
 from recbole_mm.benchmark.plan import Cell, Plan
 from recbole_mm.errors import UserError
 from recbole_mm.files import write_json
@@ -60,18 +61,33 @@ def run_benchmark(plan: Plan, folder: Path, jobs: int | None = None, say=print) 
         say: called with a line per cell.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    todo, failed = [], []
+    todo, failed, lacking = [], [], {}
+    needs = needs_of(plan)
     for cell in plan.cells:
         try:
-            key = cell.key()
+            key = "" if blocked(needs[cell]) else cell.key()
         except UserError as error:
             _store(folder, cell, "", {"status": "failed", "error": str(error)}, "")
             failed.append(cell)
             say(f"failed   {cell.slug}: {error}")
             continue
-        if not is_done(folder, cell, key):
+        if not key:
+            failed.append(cell)
+            lacking[cell] = needs[cell]
+            if (read_cell(folder, cell) or {}).get("record", {}).get("status") != "finished":  # a result stays when its data are taken away
+                _store(
+                    folder,
+                    cell,
+                    "",
+                    {"status": "failed", "error": "missing: " + "; ".join(n.what for n in needs[cell] if not n.fetched)},
+                    "",
+                )
+        elif not is_done(folder, cell, key):
             todo.append((cell, key))
-    say(f"{len(plan.cells)} cells, {len(plan.cells) - len(todo) - len(failed)} done before, {len(todo)} to run")
+    waiting = f", {len(lacking)} that lack something" if lacking else ""
+    say(f"{len(plan.cells)} cells, {len(plan.cells) - len(todo) - len(failed)} done before, {len(todo)} to run{waiting}")
+    if lacking:
+        say(describe(lacking))
     jobs = jobs or default_jobs()
     if jobs == 1:
         for cell, key in todo:
@@ -93,10 +109,11 @@ def _prepare_features(todo, folder: Path, failed) -> None:
     for cell, _ in todo:
         if cell.encoder is None and cell.modalities is None and not cell.settings.get("encoder_training"):
             continue
-        if (cell.dataset, cell.encoder, cell.paradigm) in seen:
+        if (cell.dataset, cell.encoder, cell.paradigm, cell.variant) in seen:
             continue
-        seen.add((cell.dataset, cell.encoder, cell.paradigm))
+        seen.add((cell.dataset, cell.encoder, cell.paradigm, cell.variant))
         try:
+            combine(cell.settings)
             ensure_features(Config(config_dict=cell.settings))
         except UserError:
             continue  # each of its cells will say why
@@ -147,6 +164,7 @@ def _run_cell(cell: Cell, key: str, folder: str) -> dict[str, Any]:
     }
     begin = time.perf_counter()
     try:
+        combine(cell.settings)
         settings = {**cell.settings, **(_searched(cell, root) if cell.search else {})}
         record = run(config_dict={**settings, **fixed, "checkpoint_seconds": 3600})["record"]
     except Exception as error:
@@ -178,7 +196,7 @@ def _searched(cell: Cell, root: Path) -> dict[str, Any]:
 
 def _store(folder: Path, cell: Cell, key: str, record: dict[str, Any], run_dir: str) -> None:
     described = {"model": cell.model, "dataset": cell.dataset, "encoder": cell.encoder, "paradigm": cell.paradigm}
-    described.update(modalities=cell.modalities and list(cell.modalities), seed=cell.seed, group=cell.group)
+    described.update(modalities=cell.modalities and list(cell.modalities), variant=cell.variant, seed=cell.seed, group=cell.group)
     write_json(cell_file(folder, cell), {"schema": 1, "key": key, "cell": described, "run_dir": run_dir, "record": record})
 
 

@@ -89,12 +89,12 @@ def test_other_targets_are_refused(body):
 
 
 def test_a_failed_cell_is_recorded_and_stops_nothing(body):
-    body["model_settings"]["VBPR"] = {"modalities": ["acoustic"]}
+    body["model_settings"]["VBPR"] = {"topk": [1000], "valid_metric": "NDCG@1000"}
     plan, failed, _ = run(body)
     assert {cell.model for cell in failed} == {"VBPR"}
     tables = collect(plan, Path("b"))
     text = markdown(tables, plan, {"tastes": significance(tables["tastes"], "NDCG@5", None)})
-    assert "Unknown modality 'acoustic'" in text and "| BPR | " in text and "**" in text
+    assert "1000 places cannot be filled" in text and "| BPR | " in text and "**" in text
 
 
 def test_parallel_cells_give_the_same_numbers(body):
