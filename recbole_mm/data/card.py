@@ -28,10 +28,10 @@ def spread(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), **{name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}}
 
 
-def describe(folder: str | Path) -> dict[str, Any]:
-    """Users, items, interactions, density, spread, cold items, texts, pictures and features of the dataset in `folder`."""
+def describe(folder: str | Path, name: str | None = None) -> dict[str, Any]:
+    """Users, items, interactions, density, spread, cold items, texts, pictures and features of the dataset in `folder`, called `name` or like it."""
     folder = Path(folder)
-    name = folder.name
+    name = name or folder.name
     parts = {part: folder / f"{name}.{part}.inter" for part in ("train", "valid", "test")}
     whole = folder / f"{name}.inter"
     if whole.is_file():
@@ -229,9 +229,9 @@ def card_text(card: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_card(folder: str | Path) -> str:
+def write_card(folder: str | Path, name: str | None = None) -> str:
     """Write ``card.md`` into the dataset's folder and return its text."""
-    text = card_text(describe(folder))
+    text = card_text(describe(folder, name))
     write_text(Path(folder) / "card.md", text)
     return text
 

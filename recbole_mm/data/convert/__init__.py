@@ -60,13 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.src.exists():
         raise UserError(f"--src: there is no {args.src}.")
 
-    from recbole_mm.data.card import write_card
     from recbole_mm.data.convert.output import Output
 
     with Output(args.out, args.overwrite, shlex.join(["recbole-mm", "convert", *arguments])) as output:
         module.convert(args, output)
     print(output.report())
-    write_card(args.out)
     if getattr(args, "download", False):
         return _pictures(["--src", str(args.out), "--rate", str(args.rate)] + ([] if args.progress else ["--no-progress"]))
     print(f"\nCard: {args.out / 'card.md'}. Use it: recbole-mm --dataset={args.out.name} --data_path={args.out.parent}")

@@ -88,11 +88,11 @@ class Output:
         if kind is not None:
             shutil.rmtree(self.work, ignore_errors=True)
             return
-        shutil.rmtree(self.scratch)
-        if self.settings:
-            text = yaml.safe_dump(self.settings, sort_keys=False, default_flow_style=None)
-            write_text(self.work / f"{self.name}.yaml", f"# {self.name}: made by recbole-mm convert\n{text}")
-        write_json(self.work / "convert.json", self.summary())
+        try:
+            self._complete()
+        except BaseException:  # the disk is full, as a rule
+            shutil.rmtree(self.work, ignore_errors=True)
+            raise
         if self.folder.exists():
             old = self.folder.with_name(f".{self.name}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -101,6 +101,17 @@ class Output:
             shutil.rmtree(old)
         else:
             self.work.rename(self.folder)
+
+    def _complete(self) -> None:
+        """What comes last: settings, record, card. The folder is whole before it gets its name."""
+        from recbole_mm.data.card import write_card
+
+        shutil.rmtree(self.scratch)
+        if self.settings:
+            text = yaml.safe_dump(self.settings, sort_keys=False, default_flow_style=None)
+            write_text(self.work / f"{self.name}.yaml", f"# {self.name}: made by recbole-mm convert\n{text}")
+        write_json(self.work / "convert.json", self.summary())
+        write_card(self.work, self.name)
 
     def drop(self, kind: str, reason: str, n: int = 1) -> None:
         """Count `n` dropped records of `kind` (interactions, items, pictures ...)."""
