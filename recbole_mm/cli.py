@@ -97,7 +97,7 @@ def list_things(kind: str) -> str:
 def result_table(record: dict) -> str:
     """The metrics of a run as a readable table: metric by list length, validation beside test, cold and warm items where known."""
     columns = [("valid", record.get("valid") or {}), ("test", record.get("test") or {})]
-    columns += [(f"test, {name} items", values) for name, values in (record.get("test_groups") or {}).items() if name != "all"]
+    columns += [(f"test, {name} items", values) for name, values in (record.get("test_groups") or {}).items() if name in ("cold", "warm")]
     columns = [(title, values) for title, values in columns if values]
     names = list(dict.fromkeys(key for _, values in columns for key in values))
     width = max([len(name) for name in names] + [6])
@@ -195,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         distributed = sys.modules.get("recbole_mm.distributed")
         if distributed is None or not distributed.lost_contact(error):
             raise
-        return _say(f"another process of this run is gone ({str(error).splitlines()[0]}).", launch.LOST)
+        where = distributed.reported("run_dir")
+        text = f"another process of this run is gone ({str(error).splitlines()[0]})."
+        return _say(text + (f" Start again with --resume={where}; it goes on from the last checkpoint." if where else ""), launch.LOST)
 
 
 def _say(text: str, code: int = 2) -> int:
@@ -207,7 +209,7 @@ def _say(text: str, code: int = 2) -> int:
         Path(reports, f"error-{rank}").write_text(text, encoding="utf-8")
         return code
     if rank != "0":
-        time.sleep(2)  # where all fail for one reason, torchrun ends us meanwhile, and the first process has said it
+        time.sleep(5)  # where all fail for one reason, torchrun ends us meanwhile, and the first process has said it
         text = f"worker {rank}: {text}"
     print(f"\nrecbole-mm: {text}", file=sys.stderr)
     return code
@@ -254,6 +256,8 @@ def entry() -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `recbole-mm --list models | head` ends quietly
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if launch.under_launcher():  # else DistributedDataParallel warns whenever a batch happens to use all parameters
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(main())
 
 

@@ -1,8 +1,10 @@
-"""Metrics on cold and on warm items.
+"""Metrics on cold and on warm items, and on warm ones by popularity.
 
 Cold is an item without any training interaction (for sequential models: neither target nor part of a training sequence). The ranked lists are those of
 the whole evaluation, with all candidates; only the right answers are restricted to the group, and users without one in the group are left
 out. So cold and warm can be compared with each other and over models, and a model that cannot score cold items shows zeros.
+
+Popular, middling and rare items have a third of the training interactions each: few items are popular, many are rare.
 """
 
 import numpy as np
@@ -26,14 +28,38 @@ def warm_items(train_dataset) -> Tensor:
     return warm
 
 
+def popularity(train_dataset) -> Tensor:
+    """Training interactions of each item, int64 [item_num]; at least 1 for a warm item."""
+    feat, field = train_dataset.inter_feat, train_dataset.iid_field
+    counts = torch.bincount(feat[field].cpu(), minlength=train_dataset.item_num)
+    sequence, length = (getattr(train_dataset, f"{field}_list_field", None), getattr(train_dataset, "item_list_length_field", None))
+    if sequence in feat and length in feat:  # rows are (what came before, what comes next): a user's first item is nobody's next one
+        first = feat[sequence].cpu()[feat[length].cpu() == 1]
+        counts = counts + torch.bincount(first[:, 0] if first.dim() > 1 else first, minlength=train_dataset.item_num)
+    counts = torch.maximum(counts, warm_items(train_dataset).long())
+    counts[0] = 0
+    return counts
+
+
+def popularity_bands(train_dataset) -> dict[str, Tensor]:
+    """Which items are popular, middling and rare, bool [item_num] each; cold items and padding are none of them."""
+    counts = popularity(train_dataset)
+    order = counts.argsort(descending=True, stable=True)  # equal counts by id
+    before = counts[order].cumsum(0) - counts[order]
+    band = torch.full_like(counts, -1)
+    band[order] = torch.div(before * 3, max(int(counts.sum()), 1), rounding_mode="floor")
+    band[counts == 0] = -1
+    return {name: band == number for number, name in enumerate(("popular", "middling", "rare"))}
+
+
 def group_metrics(ranking, evaluator, train_dataset) -> dict[str, dict[str, float]]:
-    """``{"cold": {...}, "warm": {...}}`` with the top-k metrics of `evaluator`, "users" and "targets" (how many there are).
+    """Cold, warm, popular, middling, rare -> the top-k metrics of `evaluator`, "users" and "targets" (how many there are).
 
     A group without targets has only those two entries, both 0.
     """
     warm = warm_items(train_dataset)
     result = {}
-    for name, member in (("cold", ~warm), ("warm", warm)):
+    for name, member in {"cold": ~warm, "warm": warm, **popularity_bands(train_dataset)}.items():
         inside = member[ranking.targets]
         lengths = torch.bincount(ranking.rows[inside], minlength=len(ranking.users))
         chosen = lengths > 0

@@ -16,7 +16,7 @@ from recbole_mm.data.loader import data_preparation
 from recbole_mm.errors import UserError
 from recbole_mm.evaluator import full_sort
 from recbole_mm.evaluator.full_sort import batch_rows, bytes_per_row, evaluate, top_k
-from recbole_mm.evaluator.groups import warm_items
+from recbole_mm.evaluator.groups import popularity, popularity_bands, warm_items
 from tests.data.small import small_config, write_small
 
 TOP = ["Recall", "MRR", "NDCG", "Hit", "Precision", "MAP"]
@@ -364,6 +364,27 @@ def test_cold_and_warm_by_hand(folder):
     expected = [min(max(5 - cold_users.get(u, 0), 0), n) / n for u, n in warm_users.items()]
     assert groups["warm"]["recall@5"] == pytest.approx(np.mean(expected))
     assert groups["cold"]["ndcg@5"] == pytest.approx(1.0)
+
+
+def test_popularity_by_hand(folder):
+    config, (train, _, test) = prepared(folder, metrics=["Recall"], topk=[5])
+    counts = torch.bincount(train.dataset.inter_feat["item_id"], minlength=train.dataset.item_num)
+    bands = popularity_bands(train.dataset)
+    assert not torch.stack(list(bands.values())).sum(0).gt(1).any() and not any(bool(b[0]) for b in bands.values())
+    total = int(counts.sum())
+    for member in bands.values():
+        assert int(counts[member].sum()) == pytest.approx(total / 3, abs=int(counts.max()))
+    assert int(counts[bands["popular"]].min()) >= int(counts[bands["middling"]].max()) >= int(counts[bands["rare"]].max()) >= 1
+    groups = run(config, test, Table(table(train.dataset))).groups
+    assert sum(groups[name]["targets"] for name in bands) == groups["warm"]["targets"]
+
+
+def test_popularity_of_a_sequential_dataset_counts_first_items(folder):
+    last_out = {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}}
+    _, (train, _, _) = prepared(folder, "SASRec", train_neg_sample_args=None, **last_out)
+    _, (plain, _, _) = prepared(folder, **last_out)
+    tokens = [dict(zip(d.id2token("item_id", range(1, d.item_num)), popularity(d)[1:].tolist())) for d in (train.dataset, plain.dataset)]
+    assert tokens[0] == tokens[1]
 
 
 def test_a_group_without_targets_has_no_values(folder):
