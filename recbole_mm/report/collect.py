@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from recbole_mm.errors import UserError
 
 THUMBNAIL = 112  # pixels
 _MAX_PICTURES = 4000
+_EXPLANATIONS = 12  # texts shown of each run and prompt
+_POINTS = 101  # of the curve of values over users, however many users there are
 
 
 @dataclass
@@ -26,7 +29,9 @@ class Gathered:
     searches: list[Path] = field(default_factory=list)
     users: list[dict[str, Any]] = field(default_factory=list)
     items: dict[str, dict[str, str]] = field(default_factory=dict)
-    datasets: list[dict[str, Any]] = field(default_factory=list)
+    cards: list[dict[str, Any]] = field(default_factory=list)
+    spreads: list[dict[str, Any]] = field(default_factory=list)
+    explanations: list[dict[str, Any]] = field(default_factory=list)
     figures: list[dict[str, str]] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -90,6 +95,11 @@ def gather(paths: list[str | Path], title: str, users: int = 8, topk: int = 10, 
         chosen.setdefault((record["dataset"], name), folder)
         for picture in sorted((folder / "figures").glob("*.png")):
             page.figures.append({"title": f"{name}: {picture.stem.replace('-', ' ')}", "source": _uri(picture.read_bytes(), "png")})
+        page.explanations += _explanations(folder, f"{name}, seed {record.get('seed')}")
+    for (dataset, name), folder in chosen.items():
+        page.spreads += _spread(folder, dataset, name)
+    for dataset in dict.fromkeys(key[0] for key in chosen):
+        _card(page, dataset, next(folder for (d, _), folder in chosen.items() if d == dataset))
     for path in map(Path, paths):
         if (path / "table.md").is_file():
             page.tables.append((path / "table.md").read_text(encoding="utf-8"))
@@ -127,7 +137,6 @@ def _recommendations(page: Gathered, dataset: str, folders: dict[str, Path], cou
         if sampled is None:
             sampled = sorted(row_of)
             sampled = [sampled[i] for i in np.random.default_rng(seed).permutation(len(sampled))[:count]]
-            page.datasets.append(_facts(dataset, data, content))
         histories = _histories(run)
         for user in sampled:
             if user not in row_of:
@@ -200,12 +209,41 @@ def _uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _facts(name: str, data, content) -> dict[str, Any]:
-    """Numbers about a dataset."""
-    users, items, inter = data.user_num - 1, data.item_num - 1, data.inter_num
-    pictures = sum(content.image_path(i) is not None for i in range(1, data.item_num))
-    texts = sum(bool(content.text(i)) for i in range(1, data.item_num))
-    return {
-        "name": name, "users": users, "items": items, "interactions": inter, "density": inter / max(users * items, 1),
-        "per_user": inter / max(users, 1), "per_item": inter / max(items, 1), "pictures": pictures, "texts": texts,
-    }  # fmt: skip
+def _card(page: Gathered, dataset: str, folder: Path) -> None:
+    """The card of a dataset, from its files where they still are."""
+    from recbole_mm.data.card import describe
+    from recbole_mm.quick_start import read_settings
+
+    try:
+        page.cards.append({**describe(Path(read_settings(folder)["data_path"]) / dataset), "name": dataset})
+    except (UserError, OSError, KeyError) as error:
+        page.notes.append(f"{dataset}: no card of the data: {error}")
+
+
+def _spread(folder: Path, dataset: str, label: str) -> list[dict[str, Any]]:
+    """How each metric is spread over the users of one run: the values at evenly spaced shares of users."""
+    path = folder / "per_user.npz"
+    if not path.is_file():
+        return []
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            values = {name: arrays[name] for name in arrays.files if name not in ("users", "targets_hash")}
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return []
+    known = {name: column[~np.isnan(column)] for name, column in values.items() if column.dtype.kind == "f" and column.ndim == 1}
+    shares = np.linspace(0, 1, _POINTS)
+    curves = {name: np.quantile(column, shares).round(6).tolist() for name, column in known.items() if len(column)}
+    return [{"dataset": dataset, "label": label, "curves": curves, "users": max((len(c) for c in known.values()), default=0)}]
+
+
+def _explanations(folder: Path, label: str) -> list[dict[str, Any]]:
+    """Texts that VIP5 wrote for a prompt beside those of the users, evenly spaced over the file."""
+    found = []
+    for path in sorted(folder.glob("explanations-*.tsv")):
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")[1:]]
+        rows = [row for row in rows if len(row) == 3]
+        places = np.unique(np.linspace(0, len(rows) - 1, min(_EXPLANATIONS, len(rows))).astype(int)) if rows else []
+        found.append(
+            {"label": label, "prompt": path.stem.removeprefix("explanations-"), "rows": [rows[i] for i in places], "all": len(rows)}
+        )
+    return found

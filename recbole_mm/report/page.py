@@ -14,6 +14,16 @@ from plotly.offline import get_plotlyjs
 from recbole_mm.report.collect import Gathered
 
 _COLOURS = ["#3366cc", "#dc7b1f", "#2e9e5b", "#a3439c", "#c9342f", "#148a9c", "#8a6d1f", "#6b5bd2", "#5f6b73", "#b5457a"]
+_COLD = (
+    ("cold", "warm"),
+    "Cold and warm items",
+    "where the right item never (cold) or ever (warm) occurred in training.",
+)
+_POPULARITY = (
+    ("rare", "middling", "popular"),
+    "Rare and popular items",
+    "by popularity of the right item: each of the three groups has a third of the training interactions.",
+)
 
 
 def render(page: Gathered, metric: str | None = None) -> str:
@@ -25,10 +35,17 @@ def render(page: Gathered, metric: str | None = None) -> str:
     """
     metrics = _common_metrics(page.runs)
     metric = metric or (metrics[0] if metrics else None)
-    figures = [
-        f for f in (_curves(page.runs), _against_time(page.runs, metric), _groups(page.runs, metric), _ablation(page.runs, metric)) if f
-    ]
-    figures += _search_figures(page)
+    made = (
+        _curves(page.runs),
+        _against_time(page.runs, metric),
+        _groups(page.runs, metric, *_COLD),
+        _groups(page.runs, metric, *_POPULARITY),
+        _spreads(page.spreads, metric),
+        _ablation(page.runs, metric),
+        _sizes(page.cards),
+        _coverage(page.cards),
+    )
+    figures = [figure for figure in made if figure] + _search_figures(page)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True
     )
@@ -158,8 +175,9 @@ def _against_time(runs: list[dict], metric: str | None):
     return "Quality against time", f"Test {metric} over the seconds of the whole run.", _layout(figure, "seconds", metric)
 
 
-def _groups(runs: list[dict], metric: str | None):
-    names = [name for name in ("cold", "warm") if any((run.get("test_groups") or {}).get(name, {}).get(metric) is not None for run in runs)]
+def _groups(runs: list[dict], metric: str | None, wanted: tuple[str, ...], title: str, note: str):
+    """Bars of a metric on groups of items, by model."""
+    names = [name for name in wanted if any((run.get("test_groups") or {}).get(name, {}).get(metric) is not None for run in runs)]
     if not metric or not names:
         return None
     figure, labels = go.Figure(), list(_colours(runs))
@@ -171,11 +189,74 @@ def _groups(runs: list[dict], metric: str | None):
             ]
             means.append(float(np.mean(values)) if values else None)
         figure.add_bar(x=labels, y=means, name=f"{name} items")
-    return (
-        "Cold and warm items",
-        f"Test {metric} where the right item never (cold) or ever (warm) occurred in training.",
-        _layout(figure, "", metric),
-    )
+    return title, f"Test {metric} {note}", _layout(figure, "", metric)
+
+
+def _spreads(spreads: list[dict], metric: str | None):
+    """The metric over users, from those served worst to those served best; one run of each model."""
+    shown = [spread for spread in spreads if metric in spread["curves"]]
+    if not shown:
+        return None
+    figure, several = go.Figure(), len({spread["dataset"] for spread in shown}) > 1
+    for number, spread in enumerate(shown):
+        curve = spread["curves"][metric]
+        figure.add_scatter(
+            x=np.linspace(0, 100, len(curve)).tolist(),
+            y=curve,
+            mode="lines",
+            name=f"{spread['label']} ({spread['dataset']})" if several else spread["label"],
+            line={"color": _COLOURS[number % len(_COLOURS)], "shape": "hv"},
+        )
+    note = f"Test {metric} of each user, users in the order of their value; one run of each model."
+    return "Spread over users", note, _layout(figure, "% of the users", metric)
+
+
+def _sizes(cards: list[dict]):
+    """How many interactions users and items have: quartiles and extremes, as the card of the data knows them."""
+    kinds = [(key, text) for key, text in (("per_user", "users"), ("per_item", "items")) if any(card.get(key) for card in cards)]
+    if not kinds:
+        return None
+    figure = go.Figure()
+    for key, text in kinds:
+        have = [card for card in cards if card.get(key)]
+        figure.add_box(
+            x=[card["name"] for card in have],
+            lowerfence=[card[key]["min"] for card in have],
+            q1=[card[key]["quarter"] for card in have],
+            median=[card[key]["median"] for card in have],
+            q3=[card[key]["three quarters"] for card in have],
+            upperfence=[card[key]["max"] for card in have],
+            mean=[card[key]["mean"] for card in have],
+            name=text,
+        )
+    figure.update_layout(boxmode="group")
+    figure.update_yaxes(type="log")
+    note = "Boxes: a quarter of the users (items) have fewer interactions than their lower edge, a quarter more than their upper one."
+    return "Data: interactions per user and item", note, _layout(figure, "", "interactions")
+
+
+def _coverage(cards: list[dict]):
+    """Which share of the items has pictures, texts, features, and how many are cold."""
+    shares: dict[str, dict[str, float]] = {}
+    for card in cards:
+        items, row = max(card["items"], 1), shares.setdefault(card["name"], {})
+        if card["pictures"]:
+            row["pictures"] = card["pictures"]["items"] / items
+        row |= {f"text: {field}": about["items"] / items for field, about in card["texts"].items()}
+        row |= {f"features: {name}, {m}": about["items"] / items for name, found in card["features"].items() for m, about in found.items()}
+        if card["cold"]:
+            row["without training interaction"] = card["cold"]["items"] / items
+    names = list(dict.fromkeys(name for row in shares.values() for name in row))
+    if not names:
+        return None
+    figure = go.Figure()
+    for dataset, row in shares.items():
+        figure.add_bar(y=names, x=[100 * row[name] if name in row else None for name in names], name=dataset, orientation="h")
+    figure = _layout(figure, "% of the items", "")
+    figure.update_layout(height=140 + 32 * len(names) * max(1, len(shares)), margin={"l": 220})
+    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(range=[0, 100])
+    return "Data: what items come with", "", figure
 
 
 def _ablation(runs: list[dict], metric: str | None):

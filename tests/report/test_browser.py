@@ -23,7 +23,7 @@ def page() -> Gathered:
         return {
             "label": label, "dataset": dataset, "model": label, "test": {"recall@5": values, "ndcg@5": None}, "time": {"total_s": 10 * score},
             "memory": {"peak_rss_mb": 500.0}, "epochs": [{"epoch": e, "valid_score": score * e} for e in range(3)],
-            "test_groups": {"cold": {"recall@5": values / 2}, "warm": {"recall@5": values}},
+            "test_groups": {name: {"recall@5": values / 2} for name in ("cold", "warm", "rare", "middling", "popular")},
         }  # fmt: skip
 
     users = [
@@ -37,7 +37,19 @@ def page() -> Gathered:
         for n in range(3)
     ]
     items = {key: {"token": key, "title": f"item {key} of <b>", "picture": PIXEL} for key in "abcd"}
-    return Gathered("Report", runs=[made("A", "d", 0.1, 1.0), made("B", "d", 0.3, 2.0), made("C", "d", 0.2, 3.0)], users=users, items=items)
+    spread = {"min": 1.0, "quarter": 2.0, "median": 3.0, "three quarters": 5.0, "max": 90.0, "mean": 4.0}
+    card = {
+        "name": "d", "users": 9, "items": 4, "interactions": 36, "density": 1.0, "per_user": spread, "per_item": spread, "cold": None,
+        "texts": {"title": {"items": 4}}, "pictures": {"items": 3}, "features": {"clip": {"visual": {"items": 4}}},
+    }  # fmt: skip
+    more = {
+        "cards": [card],
+        "spreads": [{"dataset": "d", "label": "A", "curves": {"recall@5": [0.0, 0.5, 1.0]}, "users": 9}],
+        "explanations": [{"label": "A", "prompt": "C-3", "rows": [["good <b>", "well made", "fit"]], "all": 1}],
+    }
+    return Gathered(
+        "Report", **more, runs=[made("A", "d", 0.1, 1.0), made("B", "d", 0.3, 2.0), made("C", "d", 0.2, 3.0)], users=users, items=items
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +105,9 @@ def test_picking_a_user_shows_pictures_and_hits(browser):
 
 
 def test_charts_are_drawn(browser):
-    assert len(browser.find_elements("css selector", ".figure .main-svg")) >= 3
+    figures = browser.find_elements("css selector", ".figure")
+    assert len(figures) >= 7 and all(figure.find_elements("css selector", ".main-svg") for figure in figures)
+    assert "good <b>" in browser.find_element("id", "explanations").text
 
 
 def test_no_error_and_no_request(browser):

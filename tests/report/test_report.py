@@ -2,8 +2,11 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -74,6 +77,51 @@ def test_nothing_is_loaded_from_elsewhere(runs):
     html = render(gather(["saved"], "t", users=1, topk=2))
     own = re.sub(r"<script>.*?</script>", "", html, flags=re.S)
     assert not re.findall(r"""<\w+[^<>]*\s(?:src|href)="(?!#|data:)[^"]*""", own)
+
+
+def figures_of(html):
+    return json.loads(re.search(r"const figures = (\[.*?\]);\n", html, re.S)[1])
+
+
+def drawn(html, title):
+    place = re.findall(r'<h2 id="figure\d+-title">(.*?)</h2>', html).index(title)
+    return figures_of(html)[place]["data"]
+
+
+def test_what_stands_beside_cold_and_warm(runs):
+    html = render(gather(["saved"], "t", users=0))
+    bars = {trace["name"] for trace in drawn(html, "Rare and popular items")}
+    assert bars and bars <= {"rare items", "middling items", "popular items"}
+    assert {t["name"] for t in drawn(html, "Cold and warm items")} == {"cold items", "warm items"}
+    with np.load("saved/v1/per_user.npz") as arrays:
+        values = np.sort(arrays["recall@5"])
+    curve = next(trace for trace in drawn(html, "Spread over users") if trace["name"] == "VBPR, features")
+    assert len(curve["y"]) == 101 and curve["y"][0] == values[0] and curve["y"][-1] == values[-1]
+
+
+def test_the_data_are_drawn(runs):
+    html = render(gather(["saved"], "t", users=0))
+    users, items = drawn(html, "Data: interactions per user and item")
+    counts = pd.read_csv("dataset/tastes/tastes.inter", sep="\t").iloc[:, 0].value_counts()
+    assert users["median"] == [counts.median()] and users["upperfence"] == [counts.max()] and items["name"] == "items"
+    (coverage,) = drawn(html, "Data: what items come with")
+    shares = dict(zip(coverage["y"], coverage["x"]))
+    assert shares["pictures"] == 100 and shares["text: title"] == 100 and 0 < shares["without training interaction"] < 100
+    shutil.rmtree("dataset/tastes")
+    page = gather(["saved"], "t", users=0)
+    assert not page.cards and "no card of the data" in page.notes[0] and "Rare and popular items" in render(page), "the rest needs no data"
+
+
+def test_explanations_and_figures_of_runs(runs):
+    lines = [f"text {n} {EVIL}\tlonger reference {n}\tword{n}" for n in range(40)]
+    Path("saved/v1/explanations-C-3.tsv").write_text("generated\treference\tfeature_word\n" + "\n".join(lines) + "\n")
+    Path("saved/v1/figures").mkdir()
+    Image.new("RGB", (4, 4)).save("saved/v1/figures/perpeft_attention_i7.png")
+    html = render(gather(["saved"], "t", users=0))
+    section = re.search(r'<section id="explanations".*?</section>', html, re.S)[0]
+    assert "prompt C-3 (12 of 40)" in section and section.count("longer reference") == 12 and "word39" in section
+    assert EVIL not in section and "&lt;/script&gt;" in section
+    assert 'alt="VBPR, features: perpeft_attention_i7"' in html
 
 
 def test_mean_and_spread_over_seeds(runs):
