@@ -38,6 +38,7 @@ from recbole_mm.launch import REPORTS
 
 _TIMEOUT = timedelta(days=2)  # one process may encode a catalogue while the others wait; a dead one is noticed by its closed connection
 _BUCKET_BYTES = 32 << 20
+_reported: dict[str, str] = {}
 _group = None  # for what autograd exchanges: DistributedDataParallel has its own order on the default group
 
 
@@ -107,10 +108,16 @@ def stop() -> None:
 
 
 def report(name: str, text: str) -> None:
-    """Leave a line for the launcher, which tells the user where a broken run lies; nothing without one."""
+    """Leave a line for the launcher, which tells the user where a broken run lies; :func:`reported` gives it back."""
+    _reported[name] = text
     folder = os.environ.get(REPORTS)
     if folder:
         Path(folder, name).write_text(text, encoding="utf-8")
+
+
+def reported(name: str) -> str | None:
+    """What this process has left under `name`."""
+    return _reported.get(name)
 
 
 def lost_contact(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ REPORTS = "RECBOLE_MM_REPORTS"
 COMMANDS = ("train", "extract", "finetune")
 #: exit code of a process that only stopped because another was gone
 LOST = 75
+_PROGRAM = (sys.executable, "-m", "recbole_mm.cli")
 _GRACE_S = 20.0  # how long the others may take to end by themselves: they write result.json and say what they know
 
 
@@ -54,12 +55,17 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
+def free_port() -> int:
+    """A port of this machine that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def launch(command: str, arguments: Sequence[str], nproc: int) -> int:
     """Run a command in `nproc` processes; return the exit code of the first that failed, or 0."""
     with tempfile.TemporaryDirectory(prefix="recbole-mm-") as reports:
-        with socket.socket() as probe:  # a port that was free a moment ago
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         processes = [_start(command, arguments, rank, nproc, port, reports) for rank in range(nproc)]
         before = signal.signal(signal.SIGTERM, lambda number, frame: _stop(processes, number))
         try:
@@ -83,14 +89,14 @@ def _start(command: str, arguments: Sequence[str], rank: int, nproc: int, port: 
     package = Path(__file__).resolve().parent.parent
     environment = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # else DistributedDataParallel warns whenever a batch happens to use all parameters
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # as in cli.entry
         **os.environ,
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), REPORTS: reports},
     }
     if not {"site-packages", "dist-packages"} & set(package.parts):  # a checkout that is not installed
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
-    return subprocess.Popen([sys.executable, "-m", "recbole_mm.cli", command, *arguments], env=environment)
+    return subprocess.Popen([*_PROGRAM, command, *arguments], env=environment)
 
 
 def _wait(processes: list[subprocess.Popen]) -> int | None:
