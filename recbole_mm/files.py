@@ -4,11 +4,15 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+_TEMPORARY = re.compile(r"\.[\w.-]+\.[a-z0-9_]{8}(\.\w+)?")  # what mkstemp makes of the prefix below
 
 
 @contextmanager
@@ -32,6 +36,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: str | os.PathLike) -> None:
+    """Remove the temporary files of :func:`atomic_path` that a killed process left in `folder`; nobody else may be writing there."""
+    for path in Path(folder).glob(".*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -17,7 +17,7 @@ from recbole_mm.data.dataset import MultimodalDataset, MultimodalSequentialDatas
 from recbole_mm.data.loader import data_preparation
 from recbole_mm.encoder.extract import ensure_features
 from recbole_mm.errors import UserError
-from recbole_mm.files import write_text
+from recbole_mm.files import clear_leftovers, write_text
 from recbole_mm.logs import run_log
 from recbole_mm.model import get_model
 from recbole_mm.parsing import load_yaml
@@ -114,6 +114,8 @@ def run(
     if resume is not None:
         config = Config(config_dict=read_settings(resume))
         run_dir = Path(resume)
+        if distributed.is_main():
+            clear_leftovers(run_dir)
     else:
         config = Config(model, dataset, config_file_list, config_dict, arguments)
         run_dir = distributed.on_main(lambda: _new_run(config))

@@ -104,7 +104,7 @@ def read_ids(folder: Path) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        ids = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut tokens at U+2028 and the like
+        ids = path.read_bytes().decode("utf-8-sig").split("\n")  # read_text() would cut tokens at \r, splitlines() at U+2028 and the like
     except UnicodeDecodeError:
         raise UserError(f"{path}: expected UTF-8 text, one item token per line.") from None
     ids = [token.strip() for token in ids]
