@@ -196,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if distributed is None or not distributed.lost_contact(error):
             raise
         where = distributed.reported("run_dir")
-        text = f"another process of this run is gone ({str(error).splitlines()[0]})."
+        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        text = f"another process of this run is gone ({reason or type(error).__name__}); its own message, or the system's, says why."
         return _say(text + (f" Start again with --resume={where}; it goes on from the last checkpoint." if where else ""), launch.LOST)
 
 

@@ -93,7 +93,7 @@ def start(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # nccl wants a GPU for each process; gloo lets several share one
-        backend = "cpu:gloo,cuda:nccl" if on_machine <= torch.cuda.device_count() else "cpu:gloo,cuda:gloo"
+        backend = "cpu:gloo,cuda:nccl" if on_machine <= torch.cuda.device_count() else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT)
     _group = dist.new_group(timeout=_TIMEOUT)
     atexit.register(stop)
@@ -225,7 +225,7 @@ def same_generators(everything: bool = False) -> None:
     """Give all processes the random state of the main one: torch's, or `everything`, Python's and NumPy's too."""
     if world()[1] == 1:
         return
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
     broadcast_tensors(states)
     torch.set_rng_state(states[0])
     if len(states) > 1:

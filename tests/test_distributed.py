@@ -261,6 +261,17 @@ def test_the_launcher_ends_well(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_workers_do_not_outlive_their_launcher(tmp_path):
+    """A launcher that is killed cannot stop them; they notice."""
+    child = "import time; from recbole_mm import launch; launch.watch_launcher(); print('there', flush=True); time.sleep(600)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert parent.stdout.readline() == "there\n"
+    parent.kill()
+    assert parent.stdout.read() == "", "the pipe is closed when the child is gone too"
+    parent.wait()
+
+
 @pytest.mark.slow
 def test_a_worker_of_the_real_program_is_killed(tastes):
     """The run ends with a message, an exit code and a checkpoint; `--resume --nproc=2` ends where one process does."""
