@@ -5,6 +5,7 @@ waiting trial when the study is made; a process takes one in a transaction that 
 twice. A trial whose process died is noticed by its missing heartbeat and put back.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -12,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -367,6 +369,12 @@ def _lock_before_reading(engine) -> None:
     @sqlalchemy.event.listens_for(engine, "connect")
     def _(connection, _record):
         connection.isolation_level = None  # sqlite3 begins nothing on its own
+        with contextlib.suppress(
+            sqlite3.OperationalError
+        ):  # another process is switching, or the file system has no shared memory: as before
+            mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            # A trial writes some twelve times. In this mode a write waits for the disk only now and then, and nothing is lost when a process is killed.
+            connection.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")
 
     @sqlalchemy.event.listens_for(engine, "begin")
     def _(connection):
