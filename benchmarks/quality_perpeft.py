@@ -46,7 +46,7 @@ VARIANTS = {
     "personalized": {"peft_scope": "personalized"},
     "global_negatives": {"peft_scope": "personalized", "group_negatives": False},
     "planted": {"peft_scope": "personalized"},
-    "SASRec": {"learning_rate": 1e-3, "train_batch_size": 512, "hidden_size": 32, "inner_size": 32, "n_heads": 4, "hidden_dropout_prob": 0.3, "attn_dropout_prob": 0.3},
+    "SASRec": {"stopping_step": 10, "learning_rate": 1e-3, "train_batch_size": 512, "hidden_size": 32, "inner_size": 32, "n_heads": 4, "hidden_dropout_prob": 0.3, "attn_dropout_prob": 0.3},
 }  # fmt: skip
 PLANTED = PerPEFTSASRec.assign_groups
 

@@ -138,6 +138,26 @@ def read_facts(config, dataset, offset_users: bool) -> Facts:
     return Facts(users, items, _user_names(config, dataset), _titles(config, dataset))
 
 
+def factorise(users: np.ndarray, items: np.ndarray, n_users: int, n_items: int, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of users [U, R] and items [I, R] such that those that interact point the same way; zero rows without interaction.
+
+    The truncated singular value decomposition of the interactions, each divided by the root of both degrees. Its first component is left
+    out: it is the degrees themselves, the same direction for everyone.
+    """
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.linalg import svds
+
+    pairs = np.unique(np.stack([users, items], 1), axis=0)
+    degree = [np.maximum(np.bincount(pairs[:, side], minlength=n), 1) ** -0.5 for side, n in enumerate((n_users, n_items))]
+    matrix = csr_matrix((degree[0][pairs[:, 0]] * degree[1][pairs[:, 1]], (pairs[:, 0], pairs[:, 1])), shape=(n_users, n_items))
+    rank = min(rank + 1, min(matrix.shape) - 1)
+    left, size, right = svds(matrix, k=rank, v0=np.random.default_rng(seed).normal(size=min(matrix.shape)))
+    kept = np.argsort(-size)[1:]
+    vectors = (left[:, kept] * size[kept], right.T[:, kept] * size[kept])
+    length = [np.linalg.norm(v, axis=1, keepdims=True) for v in vectors]
+    return tuple(np.where(n > 1e-6, v / np.maximum(n, 1e-6), 0.0) for v, n in zip(vectors, length))
+
+
 def _user_names(config, dataset) -> list[str] | None:
     file = Path(config["data_path"]) / f"{config['dataset']}.user"
     uid, column = dataset.uid_field, config["user_name_field"]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from recbole_mm.errors import UserError
 from recbole_mm.model.bank import FeatureBank
-from recbole_mm.model.vip5.dataset import COLUMN_OF, VIP5Dataset, read_facts, read_records
+from recbole_mm.model.vip5.dataset import COLUMN_OF, VIP5Dataset, factorise, read_facts, read_records
 from recbole_mm.model.vip5.network import (
     FINE_TUNING,
     TASKS,
@@ -39,7 +39,7 @@ from recbole_mm.model.vip5.network import (
     settings_of_checkpoint,
     training_loss,
 )
-from recbole_mm.model.vip5.prompts import Prompt, Renderer, Slots, choose_prompts, held_out, load_prompts
+from recbole_mm.model.vip5.prompts import SEPARATORS, Prompt, Renderer, Slots, choose_prompts, held_out, load_prompts
 from recbole_mm.model.vip5.samples import (
     PromptBatch,
     Records,
@@ -132,6 +132,8 @@ class VIP5(SequentialRecommender):
         self.network = VIP5Network(settings)
         if state is not None:
             log_initialised(self.network.load_official(state))
+        if self.device.type == "cpu":  # T5's learned biases make the fused kernels fall back to a slower path
+            self.network.set_attn_implementation("eager")
         self.network.choose_fine_tuning(everything=mode == "full")
         self.fine_tuning = mode
         self.loss_weighting = "published" if self.published else config["loss_weighting"]
@@ -139,12 +141,34 @@ class VIP5(SequentialRecommender):
         self.search_scores = config["search_scores"]
         self.max_explanation = 20 if self.published else config["gen_max_length"]
         train_items = np.unique(dataset.inter_feat[self.ITEM_ID].cpu().numpy())
+        whole = self.scratch and own_tokenizer and config["number_tokens"] == "whole"
+        if config["collaborative_start"] and self.scratch:
+            if not whole:
+                raise UserError("collaborative_start sets the embeddings of users' and items' numbers, so it needs number_tokens: whole and no tokenizer of your own.")  # fmt: skip
+            self._start_numbers(dataset, config["collaborative_start"])
+        # What the search never has to choose between is no negative of the softmax either: words, users, and items that training lacks,
+        # of which nothing can be learned but that they are wrong. Only possible where a number is one piece of the model's own vocabulary.
+        every = np.arange(1, self.n_items)
+        known = train_items if config["negative_items"] == "train" else every
+        spare = np.setdiff1d(every, train_items)
+        restricted = whole and not self.published and config["search_scores"] == "trie"
+        answers = torch.zeros(2, self.pieces.size, dtype=torch.bool)  # of the sequential and the direct task; empty: no restriction
+        if restricted:
+            answers[:, self._number_tokens(self.facts.item_number, known)] = True
+            if config["number_dropout"]:
+                answers[1, self._number_tokens(self.facts.item_number, spare)] = True
+        elif config["number_dropout"]:
+            raise UserError("number_dropout needs a tokenizer trained on the dataset, number_tokens: whole and search_scores: trie.")
+        self.register_buffer("answers", answers, persistent=False)
         self.negative_pool = train_items if config["negative_items"] == "train" else np.arange(1, self.n_items)
         self.sampling = SamplingSettings(
             sequential=config["sequential_samples"],
             sequential_targets=config["sequential_targets"],
             direct=config["direct_samples"],
+            explanation=config["explanation_samples"],
             candidates=config["train_candidates"] or config["candidates"],
+            number_dropout=config["number_dropout"],
+            spare=spare if len(spare) else None,
             published=self.published,
             max_history=self.max_seq_length,
             batch_size=config["train_batch_size"],
@@ -251,12 +275,36 @@ class VIP5(SequentialRecommender):
         if not train:
             return load_tokenizer(config["tokenizer"] or config["language_model"])
         texts = [f"{p.source} {p.target}".replace("{}", " ") for p in self.all_prompts.values()] * 2 + ["yes no"] * 2
+        texts += [" ".join(SEPARATORS)] * 50  # no prompt holds them, but every list does: without this "->" is three pieces, one unknown
         texts += [title for title in self.facts.titles or () if title] + list(self.facts.user_names or ())
         if self.records is not None:
             rows = self.records.of(0)
             texts += [values[i] for values in (self.records.explanation, self.records.feature, self.records.headline) for i in rows]
         numbers = [str(n) for n in (*self.facts.item_number[1:], *self.facts.user_number[1:])]
         return train_tokenizer(texts, numbers, config["vocabulary"], config["number_tokens"] == "whole")
+
+    def _number_tokens(self, numbers: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Piece ids of the numbers of users or items `ids`, where every number is one piece."""
+        return np.array([self.renderer.pieces.ids(str(numbers[i]))[0] for i in ids], dtype=np.int64)
+
+    @torch.no_grad()
+    def _start_numbers(self, dataset, rank: int) -> None:
+        """Start the embeddings of users' and items' numbers from a factorisation of the training interactions, plus as much noise.
+
+        Numbers drawn at random mean nothing, and a small network that must find out by its own loss which of them go together first
+        learns how popular each is, then stays there for tens of thousands of steps. Items without training interaction stay random.
+        """
+        users, items = (dataset.inter_feat[name].cpu().numpy() for name in (self.USER_ID, self.ITEM_ID))
+        table = self.network.shared.weight
+        noise = torch.Generator().manual_seed(self.seed)
+        vectors = factorise(users, items, self.n_users, self.n_items, min(rank, table.shape[1]), self.seed)
+        turn = np.linalg.qr(np.random.default_rng(self.seed).normal(size=(table.shape[1], table.shape[1])))[0]
+        std = self.network.settings.embedding_std or 1.0
+        for vector, numbers in zip(vectors, (self.facts.user_number, self.facts.item_number)):
+            rows = np.arange(1, len(numbers))
+            start = vector[1:] @ turn[: vector.shape[1]] * table.shape[1] ** 0.5  # as long as a random row
+            start = torch.from_numpy(start).to(table.dtype) + torch.randn(start.shape, generator=noise)
+            table[self._number_tokens(numbers, rows)] = std * start
 
     # training
 
@@ -272,7 +320,13 @@ class VIP5(SequentialRecommender):
     def calculate_loss(self, batch: PromptBatch) -> Tensor:
         """Loss of a rendered batch; a scalar."""
         encoded, mask = self.encode(batch)
-        losses = per_token_loss(self.network.logits(encoded, mask, batch.labels), batch.labels)
+        logits = self.network.logits(encoded, mask, batch.labels)
+        if self.training and bool(self.answers.any()):
+            allowed = self.answers[batch.tasks.clamp(max=1)]
+            first = batch.labels[:, :1]
+            rows = (batch.tasks < 2) & allowed.gather(1, first).squeeze(1)  # yes and no are words
+            logits = torch.cat([logits[:, :1].masked_fill((rows[:, None] & ~allowed)[:, None], -torch.inf), logits[:, 1:]], 1)
+        losses = per_token_loss(logits, batch.labels)
         return training_loss(losses, batch.labels, self.loss_weighting)
 
     def encode(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
@@ -348,6 +402,7 @@ class VIP5(SequentialRecommender):
             out = self.network.generate(
                 encoder_outputs=self.network.encoder_outputs(encoded),
                 attention_mask=mask,
+                past_key_values=self.network.new_cache(),
                 num_beams=self.beams,
                 num_return_sequences=self.beams,
                 max_length=50,
@@ -376,6 +431,7 @@ class VIP5(SequentialRecommender):
             out = self.network.generate(
                 encoder_outputs=self.network.encoder_outputs(encoded),
                 attention_mask=mask,
+                past_key_values=self.network.new_cache(),
                 max_length=self.max_explanation,
                 num_beams=1,
                 do_sample=False,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5LayerNorm
@@ -61,7 +61,9 @@ class NetworkSettings:
     adapter_non_linearity: str = "gelu_new"
     max_whole_words: int = 1024
     max_categories: int = 16
-    embedding_std: float | None = None
+    embedding_std: float | None = None  # of token, word and category embeddings from scratch; None: as T5 and the release, 1
+    scale_decoder_outputs: bool = True  # T5's factor d_model^-0.5 before the output layer
+    copying: bool = False  # from scratch: see `VIP5Network._start_copying`
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "NetworkSettings":
@@ -153,12 +155,40 @@ class VIP5Network(T5ForConditionalGeneration):
         self.encoder.whole_word_embeddings = nn.Embedding(settings.max_whole_words, settings.d_model)
         self.encoder.category_embeddings = nn.Embedding(settings.max_categories, settings.d_model)
         if settings.embedding_std is not None:
-            for table in (self.shared, self.encoder.whole_word_embeddings, self.encoder.category_embeddings):
+            for table in (self.shared, self.encoder.category_embeddings):
                 nn.init.normal_(table.weight, std=settings.embedding_std)
+            nn.init.zeros_(self.encoder.whole_word_embeddings.weight)  # places beyond the longest training prompt must not be noise
+        self.config.scale_decoder_outputs = settings.scale_decoder_outputs
+        if settings.copying:
+            self._start_copying()
         if settings.n_vis_tokens:
             self.encoder.visual_embedding = VisualEmbedding(settings)
         if settings.use_adapter:
             self._add_adapters()
+
+    @torch.no_grad()
+    def _start_copying(self) -> None:
+        """Start from a network that passes tokens on: what cross-attention reads of a token is near the token's own embedding.
+
+        With T5's initialisation each sub-layer adds a random map as large as its input, so an item of the source reaches the output
+        layer, which shares its embedding, in a random direction, and a small model needs tens of thousands of steps to turn it back.
+        Here every sub-layer adds little, and values and outputs of cross-attention are each other's inverse (orthogonal, where inner
+        size and width agree). One head of the first encoder block looks at the next token, which for an item's number is its picture.
+        """
+        for stack in (self.encoder, self.decoder):
+            for block in stack.block:
+                for layer in block.layer:
+                    if hasattr(layer, "EncDecAttention"):
+                        attention = layer.EncDecAttention
+                        nn.init.orthogonal_(attention.v.weight)
+                        attention.o.weight.copy_(attention.v.weight.T)
+                    else:
+                        out = layer.SelfAttention.o if hasattr(layer, "SelfAttention") else layer.DenseReluDense.wo
+                        out.weight.mul_(0.2)
+        first = self.encoder.block[0].layer[0].SelfAttention
+        head = slice(0, self.settings.d_kv)
+        first.o.weight[:, head] /= 0.2
+        first.relative_attention_bias.weight[self.settings.relative_attention_num_buckets // 2 + 1, 0] = 5.0  # one place to the right
 
     def _add_adapters(self) -> None:
         for stack in (self.encoder, self.decoder):
@@ -218,7 +248,11 @@ class VIP5Network(T5ForConditionalGeneration):
     def head(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits of decoder states [..., D] for all tokens, or for the tokens `rows` only."""
         weight = self.lm_head.weight if rows is None else self.lm_head.weight[rows]
-        return F.linear(hidden * self.settings.d_model**-0.5, weight)
+        return F.linear(hidden * self.settings.d_model**-0.5 if self.settings.scale_decoder_outputs else hidden, weight)
+
+    def new_cache(self) -> EncoderDecoderCache:
+        """An empty cache for ``generate``; the one it makes itself has as many layers as the encoder, and fails with a deeper decoder."""
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
     def encoder_outputs(self, encoded: Tensor) -> BaseModelOutput:
         """What ``generate`` takes as ``encoder_outputs``."""

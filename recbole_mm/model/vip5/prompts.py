@@ -132,6 +132,8 @@ class Slots:
     feature: str = ""
     explanation: str = ""
     rating: str = ""
+    shown_as: np.ndarray | None = None  # items whose numbers stand in the list in place of their own
+    answer: int = 0  # the item whose number is the answer, where it is not that of `item`
 
 
 class Renderer:
@@ -175,6 +177,13 @@ class Renderer:
         ends = np.cumsum(sizes)
         index = np.arange(ends[-1]) + np.repeat(begin[items] - ends + sizes, sizes)
         return tokens[index[: -self._separator_length[SEPARATORS[separator]]]]
+
+    def masked_list(self, items: np.ndarray, shown_as: np.ndarray, separator: int) -> np.ndarray:
+        """The list of `items` with their own pictures under the numbers of the items `shown_as`."""
+        tokens = self.item_list(shown_as, separator)
+        if self.k:
+            tokens[tokens >> _VISUAL_SHIFT > 0] = np.concatenate([self.photo(item) for item in items])
+        return tokens
 
     def list_length(self, item_ids: np.ndarray) -> np.ndarray:
         """Number of tokens of each item in a list, its separator included."""
@@ -243,7 +252,10 @@ class Renderer:
             elif content == "{}" and names[0] == "item_photo":
                 parts.append(self.photo(slots.item))
             elif content == "{}" and names[0] in ("purchase_history", "candidates"):
-                parts.append(self.item_list(slots.items, slots.separator))
+                if slots.shown_as is None:
+                    parts.append(self.item_list(slots.items, slots.separator))
+                else:
+                    parts.append(self.masked_list(slots.items, slots.shown_as, slots.separator))
             else:
                 parts.append(self.words(content.format(*(self.value(name, slots) for name in names))))
         tokens = np.concatenate(parts)[: self.max_source - 1]
@@ -252,7 +264,7 @@ class Renderer:
     def target(self, prompt: Prompt, slots: Slots) -> np.ndarray:
         """Target ids with the end mark."""
         if prompt.kind in ("next", "choice"):
-            ids = self.words(str(self.facts.item_number[slots.item])) & (_BEGIN - 1)
+            ids = self.words(str(self.facts.item_number[slots.answer or slots.item])) & (_BEGIN - 1)
         else:
             values = [slots.rating if n == "star_rating" and slots.rating else self.value(n, slots) for n in prompt.target_args]
             ids = self.words(prompt.target.format(*values)) & (_BEGIN - 1)

@@ -117,7 +117,10 @@ class SamplingSettings:
     sequential: int = 10
     sequential_targets: int | None = 3  # the last so many training items are targets; None: all
     direct: int = 10
+    explanation: int | None = None  # samples per user; None: every training record once
     candidates: int = 99  # other items in a training list
+    number_dropout: float = 0.0  # share of listed items that half of the training lists show under a spare number
+    spare: np.ndarray | None = None  # items whose numbers are free for that: those that training lacks
     published: bool = False
     max_history: int = 50
     batch_size: int = 36
@@ -167,6 +170,9 @@ class EpochLoader:
                 continue
             if name == "explanation":
                 rows = self.records.of(0)
+                if settings.explanation is not None:
+                    users = len(np.unique(self.records.user[rows]))
+                    rows = np.sort(rng.permutation(rows)[: settings.explanation * users])
                 first = last = np.zeros(len(rows), dtype=np.int64)
             else:
                 least = 2 if name == "sequential" else 1
@@ -233,7 +239,21 @@ class EpochLoader:
             slots.yes = slots.item == item
         elif prompt.kind == "choice":
             slots.items = rng.permutation(np.append(draw_others(rng, self.pool, taken, self.settings.candidates), item))
+            self._drop_numbers(slots, rng)
         return prompt, slots
+
+    def _drop_numbers(self, slots: Slots, rng: np.random.Generator) -> None:
+        """Show some items of a list under numbers that mean nothing yet, so that only the picture tells whether they fit.
+
+        It is what a list with new items looks like. A model that has always known every number chooses by numbers alone.
+        """
+        settings = self.settings
+        if not settings.number_dropout or settings.spare is None or rng.random() < 0.5:
+            return
+        chosen = np.flatnonzero(rng.random(len(slots.items)) < settings.number_dropout)[: len(settings.spare)]
+        slots.shown_as = slots.items.copy()
+        slots.shown_as[chosen] = rng.choice(settings.spare, len(chosen), replace=False)
+        slots.answer = int(slots.shown_as[np.flatnonzero(slots.items == slots.item)[0]])
 
 
 class _Rendered(Dataset):

@@ -1,0 +1,127 @@
+"""What lets a small VIP5 from scratch learn: where it starts, what it is asked, and what its answers compete with."""
+
+import numpy as np
+import pytest
+import torch
+
+from recbole_mm.errors import UserError
+from recbole_mm.model.vip5.dataset import factorise
+from recbole_mm.model.vip5.network import NetworkSettings, VIP5Network
+from recbole_mm.model.vip5.samples import EpochLoader, render
+from tests.model.vip5_data import build, write_dataset
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("scratch"))
+
+
+def epoch(model, **changes):
+    settings = type(model.sampling)(**{**vars(model.sampling), **changes})
+    return EpochLoader(model.sequences, model.records, model.train_prompts, model.renderer, model.negative_pool, settings, 0)
+
+
+def test_every_training_item_can_be_a_target_where_asked(root):
+    _, model, _ = build(root, tasks=["sequential"], train_prompts=["A-3"])
+    places = {n: set(epoch(model, sequential=200, sequential_targets=n).stop.tolist()) for n in (1, 3, None)}
+    assert places == {1: {5}, 3: {3, 4, 5}, None: {2, 3, 4, 5}}  # six training items a user, two before the first target
+
+
+def test_the_number_of_explanation_samples(root):
+    _, model, _ = build(root, tasks=["explanation"], train_prompts=["C-3"])
+    rows = set(model.records.of(0).tolist())
+    every, some = epoch(model).row.tolist(), epoch(model, explanation=2).row.tolist()
+    assert sorted(every) == sorted(rows) and len(some) == len(set(some)) == 2 * 30 and set(some) < rows
+
+
+def test_both_separators_are_pieces_of_the_trained_tokenizer(root):
+    _, model, _ = build(root)
+    for separator in (",", "->"):
+        ids = model.pieces.ids(separator)
+        assert len(ids) == 1 and model.pieces.text(ids) == separator
+
+
+def test_the_copying_start_hands_embeddings_through_and_looks_at_the_next_token():
+    settings = NetworkSettings(vocab_size=50, d_model=32, d_ff=16, d_kv=16, num_heads=2, num_layers=1, num_decoder_layers=2, use_adapter=False,
+                               copying=True, embedding_std=0.5, feat_dim=3, n_vis_tokens=1)  # fmt: skip
+    torch.manual_seed(0)
+    network = VIP5Network(settings).eval()
+    for block in network.decoder.block:
+        attention = block.layer[1].EncDecAttention
+        assert torch.allclose(attention.o.weight @ attention.v.weight, torch.eye(32), atol=1e-5)
+    assert network.shared.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    assert not network.encoder.whole_word_embeddings.weight.any()
+    attention = network.encoder.block[0].layer[0].SelfAttention
+    bias = attention.compute_bias(6, 6)[0, 0]
+    assert bias.argmax(1)[:-1].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_decoder_deeper_than_the_encoder_generates(root):
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 1, "num_decoder_layers": 2}
+    _, model, _ = build(root, network=sizes, gen_max_length=6)
+    assert isinstance(model.explain([model.explanation_sample(model.all_prompts["C-3"], 1, 2)])[0], str)
+
+
+def test_numbers_start_where_the_interactions_put_them(root):
+    _, model, parts = build(root, collaborative_start=3, network={"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 1, "num_decoder_layers": 1, "embedding_std": 0.5})  # fmt: skip
+    inter = parts[0].inter_feat
+    users, items = inter["user_id"].numpy(), inter["item_id"].numpy()
+    left, right = factorise(users, items, model.n_users, model.n_items, 3, 0)
+    taste = np.array([int(t[1:]) % 3 for t in parts[0].id2token("item_id", np.arange(1, model.n_items))])
+    near = right[1:] @ right[1:].T
+    same = taste[:, None] == taste
+    seen = np.isin(np.arange(1, model.n_items), items)
+    pairs = seen[:, None] & seen & ~np.eye(len(seen), dtype=bool)
+    assert near[same & pairs].mean() > 0.8 and near[~same & pairs].mean() < 0.1
+    assert not right[0].any() and not left[0].any()
+    rows = model.network.shared.weight[model._number_tokens(model.facts.item_number, np.arange(1, model.n_items))].detach().numpy()
+    near = rows @ rows.T
+    assert near[same & pairs].mean() > near[~same & pairs].mean() + 1
+    with pytest.raises(UserError, match="number_tokens: whole"):
+        build(root, collaborative_start=3, number_tokens="digits")
+
+
+def test_items_that_training_lacks_are_no_negatives(tmp_path):
+    root = write_dataset(tmp_path, users=4)  # few users: some items are never sold in training
+    _, model, parts = build(root, tasks=["sequential"], train_prompts=["A-3"], negative_items="train", visual_tokens=0)
+    unseen = np.setdiff1d(np.arange(1, model.n_items), parts[0].inter_feat["item_id"].numpy())
+    assert len(unseen)
+    batch = render(model.renderer, epoch(model).samples(0))
+    batch.labels = batch.labels[:, :1]  # the number; the end mark behind it is a token among all
+    model.train()
+    model.calculate_loss(batch).backward()
+    gradient = model.network.shared.weight.grad
+    rows = model._number_tokens(model.facts.item_number, np.arange(1, model.n_items))
+    touched = gradient[rows].any(1).numpy()
+    assert not touched[unseen - 1].any() and np.delete(touched, unseen - 1).all()
+    model.zero_grad()
+    model.eval()
+    model.calculate_loss(batch).backward()  # a validation loss counts every token
+    assert model.network.shared.weight.grad[rows].any(1).all()
+
+
+def test_dropped_numbers_are_spare_ones_and_keep_picture_and_answer(tmp_path):
+    root = write_dataset(tmp_path, users=4)
+    _, model, parts = build(root, tasks=["direct"], train_prompts=["B-7"], negative_items="train", number_dropout=0.6, visual_tokens=2, train_candidates=5)  # fmt: skip
+    trained = set(parts[0].inter_feat["item_id"].tolist())
+    number = {int(n): i for i, n in enumerate(model.facts.item_number) if i}
+    dropped = answers = 0
+    for batch in range(len(loader := epoch(model, direct=30))):
+        for prompt, slots in loader.samples(batch):
+            packed = model.renderer.source(prompt, slots)
+            pictures = ((packed >> 33)[packed >> 33 > 0] - 1) // 2
+            assert pictures.reshape(-1, 2).T.tolist() == [slots.items.tolist()] * 2  # own pictures, in the order of the list
+            answer = number[int(model.pieces.text(model.renderer.target(prompt, slots)))]
+            if slots.shown_as is None:
+                assert answer == slots.item
+                continue
+            lent = slots.shown_as != slots.items
+            assert not trained & set(slots.shown_as[lent].tolist())
+            assert slots.items[list(slots.shown_as).index(answer)] == slots.item
+            dropped += int(lent.sum())
+            answers += answer != slots.item
+    assert dropped > 50 and answers > 10
+    model.train()
+    assert torch.isfinite(model.calculate_loss(render(model.renderer, loader.samples(0))))
+    with pytest.raises(UserError, match="number_dropout"):
+        build(root, number_dropout=0.5, number_tokens="digits")
