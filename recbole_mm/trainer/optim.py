@@ -7,6 +7,7 @@ A dense Adam step over the embedding tables of tiktok (16k x 64) takes 0.7 ms fu
 from collections.abc import Iterable
 
 from torch import Tensor, optim
+from torch.autograd.graph import increment_version
 
 from recbole_mm.errors import UserError, nearest
 
@@ -23,6 +24,14 @@ LEARNERS = {
 
 def _fusible(group: dict) -> bool:
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"])
+
+
+def _count_versions(optimizer: optim.Optimizer, *_) -> None:
+    """Fused steps change parameters without counting up their versions, by which LATTICE sees that its item graph is out of date."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                increment_version(parameter)
 
 
 def build_optimizer(
@@ -54,7 +63,10 @@ def build_optimizer(
         raise UserError(f"learner {name} takes no weight_decay, got {weight_decay}. Set weight_decay: 0 or choose adam.")
     if has_fused and all(map(_fusible, groups)):
         try:
-            return kind(groups, fused=True, **settings)
+            optimizer = kind(groups, fused=True, **settings)
         except RuntimeError:  # an older PyTorch has no fused form for this device; the same numbers, slower
             pass
+        else:
+            optimizer.register_step_post_hook(_count_versions)
+            return optimizer
     return kind(groups, **settings)

@@ -30,6 +30,16 @@ def test_steps_are_those_of_the_plain_optimizer(learner, decay):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("learner", [name for name in LEARNERS if name != "sparse_adam"])
+def test_a_step_is_seen_by_those_who_keep_what_they_computed(learner):
+    """LATTICE chooses its neighbours anew when a weight's version has moved; PyTorch's fused steps alone do not move it."""
+    values = parameters()
+    before = [value._version for value in values]
+    values[0].grad = torch.ones_like(values[0])
+    build_optimizer(learner, values, 0.1).step()
+    assert values[0]._version > before[0] and values[1]._version == before[1]
+
+
 def test_dense_optimizers_are_fused():
     assert build_optimizer("adam", parameters(), 0.1).defaults["fused"]
 

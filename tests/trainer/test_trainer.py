@@ -35,7 +35,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("model", ["VBPR", "LightGCN", "SASRec"])
+@pytest.mark.parametrize("model", ["VBPR", "LightGCN", "SASRec", "LATTICE", "MMGCL"])
 @pytest.mark.parametrize("seconds", [0, 1000])
 def test_a_resumed_run_ends_where_the_unbroken_one_does(tastes, model, seconds):
     settings = {**tastes, "checkpoint_seconds": seconds, "weight_decay": 0.01}
