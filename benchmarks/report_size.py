@@ -124,12 +124,12 @@ def main() -> None:
         "",
         f"BPR and VBPR, headless Chromium, {facts['cores']} cores. Limits: {LIMIT_MB:.0f} MB, {LIMIT_S:.0f} s.",
         "",
-        "| report | MB | made in, s | opened in, s (median of openings) | slowest opening, s | charts |",
-        "|---|---|---|---|---|---|",
+        "| report | MB | made in, s | opened in, s (median of openings) | fastest | slowest | charts |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         lines.append(
-            f"| {r['report']} | {r['mb']:.1f} | {r['made_s']:.1f} | {r['median_s']:.2f} | {max(r['opened_s']):.2f} | {r['charts']} |"
+            f"| {r['report']} | {r['mb']:.1f} | {r['made_s']:.1f} | {r['median_s']:.2f} | {min(r['opened_s']):.2f} | {max(r['opened_s']):.2f} | {r['charts']} |"
         )
     text = "\n".join(lines) + "\n"
     print(text)

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     out, jobs = given.pop("out", None), given.pop("jobs", None)
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
         raise UserError(f"--jobs: expected a whole number above 0, got {jobs!r}.")
-    if out is not None and not isinstance(out, (str, int)):
+    if out is not None and (isinstance(out, bool) or not isinstance(out, (str, int))):
         raise UserError(f"--out: expected a folder, got {out!r}.")
     check = [given.pop(key) for key in ("check", "dry_run", "dry-run") if key in given]
     if any(not isinstance(value, bool) for value in check):
@@ -46,7 +46,9 @@ def main(arguments: list[str]) -> int:
                 if isinstance(value, list)
                 else [value]
             )
-            for block in (body.get("blocks") or {}).values():  # what is asked for here holds for every block
+            for block in (
+                body["blocks"].values() if isinstance(body.get("blocks"), dict) else ()
+            ):  # what is asked for here holds for every block
                 if isinstance(block, dict) and key in block:
                     block[key] = body[key]
     for key in ("metric", "baseline", "name"):
@@ -74,6 +76,15 @@ def _check_flags(given: dict) -> None:
     """A misspelt flag of this command gets the command's own flags as suggestions."""
     from recbole_mm.config import is_known
 
+    for key, several in (
+        ("model", "models"),
+        ("dataset", "datasets"),
+        ("encoder", "encoders"),
+        ("seed", "seeds"),
+        ("encoder_training", "paradigms"),
+    ):
+        if key in given:
+            raise UserError(f"benchmark: --{key} is of one run; write --{several}={given[key]} (several separated by commas).")
     for key in given:
         if not is_known(key):
             ours = [*_LISTS, "metric", "baseline", "name", "out", "jobs", "check", "dry-run"]

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recbole.evaluator import metric_types
+
 from recbole_mm.config import Config, is_known, listed_keys
 from recbole_mm.errors import UserError, nearest
 from recbole_mm.model import find_model, get_model
 from recbole_mm.parsing import load_yaml
+from recbole_mm.paths import properties_dir
 
 #: one split and one mask for all models: the last interaction of each user is the test, the one before validation, the history no candidate
 PROTOCOL = {
@@ -116,6 +119,7 @@ def read_plan(source: str | Path | dict[str, Any], overrides: Mapping[str, Any] 
     blocks = body.get("blocks") or {"": {}}
     if not isinstance(blocks, dict) or not all(isinstance(block, (dict, type(None))) for block in blocks.values()):
         raise UserError(f"{where}: blocks: expected a mapping of titles to keys such as models and encoders, got {blocks!r}.")
+    _check_search(body.get("search"), where)
     cells: dict[str, Cell] = {}
     tables: list[Table] = []
     for title, block in blocks.items():
@@ -150,7 +154,13 @@ def _cells(body: dict, protocol: dict, search: dict | None, overrides: dict, whe
     for paradigm in paradigms:
         if paradigm not in PARADIGMS:
             raise UserError(f"{where}: paradigms: expected some of {', '.join(PARADIGMS)}, got {paradigm!r}.{nearest(paradigm, PARADIGMS)}")
+    known = [path.stem for path in (properties_dir() / "encoder").glob("*.yaml")]
+    for encoder in encoders:
+        for part in str(encoder).split("+") if encoder is not None else ():
+            if part not in known:
+                raise UserError(f"{where}: encoders: unknown encoder {part!r}.{nearest(part, known)} There are {', '.join(sorted(known))}.")
     modalities = [None if m is None else tuple([m] if isinstance(m, str) else m) for m in _list(body, "modalities", where, [None])]
+    _check_metric(str(body.get("metric") or "NDCG@10"), where)
     variants = body.get("variants") or {None: {}}
     for name, settings in variants.items():
         if not isinstance(settings, dict):
@@ -189,6 +199,15 @@ def _cells(body: dict, protocol: dict, search: dict | None, overrides: dict, whe
                     settings.setdefault("feature_set", None)  # not the set that a converted dataset names as its own
                 if chosen is not None:
                     settings["modalities"] = list(chosen)
+            place = str(body.get("metric") or "NDCG@10").partition("@")[2]
+            if (
+                place
+                and settings.get("topk")
+                and int(place) not in (settings["topk"] if isinstance(settings["topk"], list) else [settings["topk"]])
+            ):
+                raise UserError(
+                    f"{where}: metric: {body.get('metric') or 'NDCG@10'} is not computed with topk {settings['topk']}. Add {place} to topk, or set another metric."
+                )
             if unknown := [key for key in settings if not is_known(key) and key not in (settings.get("extra_keys") or ())]:
                 raise UserError(f"{where}: unknown setting {unknown[0]!r} of {model}.{nearest(unknown[0], listed_keys())}")
             cells.append(
@@ -205,6 +224,21 @@ def _cells(body: dict, protocol: dict, search: dict | None, overrides: dict, whe
                 )
             )
     return cells
+
+
+def _check_search(search: dict | None, where: str) -> None:
+    """The options of a search per row are those of recbole-mm search."""
+    options = ("params_file", "strategy", "trials", "pruner", "seed")
+    for key in search or ():
+        if key not in options:
+            raise UserError(f"{where}: search: unknown key {key!r}.{nearest(key, options)} It takes {', '.join(options)}.")
+
+
+def _check_metric(metric: str, where: str) -> None:
+    """`metric` names values of single users: <metric>@<k>, for VIP5 <task>/<metric>@<k>."""
+    name, at, places = metric.rpartition("/")[2].partition("@")
+    if name.lower() not in metric_types or (at and not places.isdigit()):
+        raise UserError(f"{where}: metric: expected e.g. NDCG@10, got {metric!r}.{nearest(name, [m.upper() for m in metric_types])}")
 
 
 def _elsewhere(key: str, name: str) -> bool:
@@ -252,6 +286,6 @@ def _list(body: dict, key: str, where: str, default: list | None = None) -> list
     value = body.get(key, default)
     if isinstance(value, (str, int)):
         value = [value]
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list) or not value or "" in value:
         raise UserError(f"{where}: {key}: expected a list with at least one entry, got {value!r}.")
     return value

@@ -62,8 +62,12 @@ def find(paths: list[Path]) -> tuple[list[Path], list[Path], list[dict[str, str]
             elif record.get("status") in ("failed", "running"):
                 failures.append({"run": str(file.parent), "reason": record.get("error") or "has not ended"})
         for file in sorted(path.glob("cells/*.json")):
-            cell = json.loads(file.read_text(encoding="utf-8"))
-            if cell["record"].get("status") == "failed":
+            try:
+                cell = json.loads(file.read_text(encoding="utf-8"))
+                failed = cell["record"].get("status") == "failed"
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"report: {file} is broken. Remove it and run the benchmark again, which repeats that cell.") from None
+            if failed:
                 failures.append({"run": file.stem, "reason": cell["record"].get("error", "")})
     runs, searches = list(dict.fromkeys(runs)), list(dict.fromkeys(searches))
     if not runs and not searches and not failures:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from recbole_mm.errors import UserError
+from recbole_mm.errors import UserError, nearest
 from recbole_mm.parsing import parse_arguments, parse_value
 from recbole_mm.paths import properties_dir
 
@@ -15,15 +15,19 @@ def main(arguments: list[str]) -> int:
     search hyperparameters. The defaults are the first trial; selection is on validation, the test is reported once. Started again, it
     continues. ``--storage`` may be any Optuna storage, e.g. postgresql+psycopg://user@host/db; processes that name the same one share the study.
     """
+    from recbole_mm.model import find_model
     from recbole_mm.tuning.search import Search, quiet, start_jobs
     from recbole_mm.tuning.space import read_space
 
     given = parse_arguments(arguments)
     own = {key: given.pop(key) for key in OWN if key in given}
-    model, dataset = given.get("model", "VBPR"), given.get("dataset", "shop")
+    _check_flags(given, own)
+    model, dataset = find_model(str(given.get("model", "VBPR")))[0], str(given.get("dataset", "shop"))
     file = own.get("params_file") or properties_dir() / "tuning" / f"{model}.hyper"
     if not own.get("params_file") and not Path(file).is_file():
-        raise UserError(f"search needs --params-file: there is no ready one for {model} in {properties_dir() / 'tuning'}.")
+        raise UserError(
+            f"search needs --params-file=<file>: there is no ready one for {model} in {properties_dir() / 'tuning'}. A line of such a file: learning_rate loguniform -8,-4"
+        )
     jobs, trials = _number(own, "jobs", 1), _number(own, "trials", None)
     files = own.get("config_files")
     files = files.replace(",", " ").split() if isinstance(files, str) else files
@@ -54,10 +58,26 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _check_flags(given: dict, own: dict) -> None:
+    """A misspelt flag gets this command's flags as suggestions; a flag without its value is not taken for "true"."""
+    from recbole_mm.config import is_known
+
+    flags = [key.replace("_", "-") for key in OWN if key != "worker"]
+    for key in given:
+        if not is_known(key) and key not in str(given.get("extra_keys", "")):
+            takes = ", ".join(f"--{flag}" for flag in flags)
+            raise UserError(
+                f"search: unknown flag --{key.replace('_', '-')}.{nearest(key.replace('_', '-'), [*flags, 'model', 'dataset'])} It takes {takes} and any setting of a run."
+            )
+    for key in ("params_file", "strategy", "pruner", "storage", "out"):
+        if key in own and not isinstance(own[key], str):
+            raise UserError(f"search: --{key.replace('_', '-')} needs one value, got {'none' if own[key] is True else own[key]!r}.")
+
+
 def _number(own: dict, key: str, default: int | None) -> int | None:
     value = parse_value(own[key]) if isinstance(own.get(key), str) else own.get(key, default)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise UserError(f"--{key}: expected a whole number, got {value!r}.")
+        raise UserError(f"--{key.replace('_', '-')}: expected a whole number, got {value!r}.")
     return value
 
 

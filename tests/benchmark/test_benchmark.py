@@ -2,6 +2,9 @@
 
 import csv
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,34 @@ def test_an_interrupted_benchmark_repeats_nothing(body, monkeypatch):
     assert [row.metrics for row in first["tastes"]] == [row.metrics for row in second["tastes"]]
 
 
+@pytest.mark.slow
+def test_kill_9_and_restart_give_the_same_table(body):
+    """The program is killed in the middle; started again it repeats nothing that was done, and every number and test is as without the kill."""
+    import yaml
+
+    Path("mine.yaml").write_text(yaml.safe_dump({**body, "models": ["BPR", "VBPR"], "seeds": [1, 2, 3]}))
+    words = ["benchmark", "mine.yaml", "--jobs=1"]
+    assert cli.main([*words, "--out=whole"]) == 0
+    program = [sys.executable, "-m", "recbole_mm.cli", *words, "--out=b"]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(list(Path("b/cells").glob("*.json"))) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    stamps = {path: path.stat().st_mtime_ns for path in Path("b/cells").glob("*.json")}
+    assert 2 <= len(stamps) < 6
+    assert cli.main([*words, "--out=b"]) == 0
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    tables = []
+    for folder in ("whole", "b"):
+        with open(f"{folder}/table.csv") as stream:
+            numbers = [[r[k] for k in ("dataset", "row", "metric", "mean", "std", "seeds", "values")] for r in csv.DictReader(stream)]
+        text = Path(folder, "table.md").read_text()
+        tables.append((numbers, text[text.index("Paired t-tests") :]))
+    assert tables[0] == tables[1]
+
+
 def test_one_protocol_makes_models_comparable_user_by_user(body):
     plan, _, _ = run(body)
     rows = collect(plan, Path("b"))["tastes"]
@@ -138,13 +169,39 @@ def test_wrong_plans(body, change, says):
 
 
 def test_wrong_commands(body, capsys):
+    """What a new user types wrong: one paragraph that says what to do, and exit code 2, before anything is trained."""
+    Path("broken.yaml").write_text("models: [BPR\ndatasets: {")
+    Path("list.yaml").write_text("- BPR\n- VBPR\n")
+    Path("blocks.yaml").write_text("models: [BPR]\ndatasets: [tastes]\nblocks: [a, b]\n")
+    Path("settings.yaml").write_text("models: [BPR]\ndatasets: [tastes]\nsettings: 3\n")
+    Path("search.yaml").write_text("models: [BPR]\ndatasets: [tastes]\nsearch: {trails: 3}\n")
     for words, says in (
         (["benchmark", "shpo"], "Did you mean shop"),
         (["benchmark", "shop", "--jobs=0"], "above 0"),
+        (["benchmark", "shop", "--jobs=two"], "whole number above 0, got 'two'"),
+        (["benchmark", "shop", "--job=2"], "unknown flag --job. Did you mean jobs"),
+        (["benchmark", "shop", "--model=BPR"], "--models=BPR"),
+        (["benchmark", "shop", "--models=BRP"], "Did you mean BPR"),
+        (["benchmark", "shop", "--encoders=clpi"], "Did you mean clip"),
+        (["benchmark", "shop", "--datasets="], "datasets: expected"),
+        (["benchmark", "shop", "--seeds=one"], "seeds: expected whole numbers"),
+        (["benchmark", "shop", "--paradigms=frozn"], "Did you mean frozen"),
+        (["benchmark", "shop", "--metric=NDGC@10"], "Did you mean NDCG"),
+        (["benchmark", "shop", "--metric=NDCG@7"], "metric"),
+        (["benchmark", "shop", "--out"], "--out: expected a folder"),
+        (["benchmark", "shop", "--check=perhaps"], "--check takes no value"),
+        (["benchmark", "shop", "extra"], "extra"),
+        (["benchmark", "broken.yaml"], "not valid YAML"),
+        (["benchmark", "list.yaml"], "expected lines of the form"),
+        (["benchmark", "blocks.yaml"], "blocks: expected a mapping"),
+        (["benchmark", "settings.yaml"], "settings: expected a mapping"),
+        (["benchmark", "search.yaml"], "search"),
         (["benchmark"], "models: expected a list"),
     ):
-        assert cli.main(words) == 2
-        assert says in capsys.readouterr().err
+        assert cli.main(words) == 2, words
+        said = capsys.readouterr().err
+        assert says in said and said.strip().count("\n") == 0, (words, said)
+    assert not Path("saved").exists()
 
 
 def test_shipped_benchmarks_can_be_read():

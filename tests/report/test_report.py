@@ -140,12 +140,19 @@ def test_missing_is_shown_as_missing():
 def test_wrong_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bench" / "cells").mkdir(parents=True)
+    (tmp_path / "bench" / "cells" / "a.json").write_text("{")
     for words, says in (
         ([], "at least one folder"),
         (["none"], "is no folder"),
         (["empty"], "no finished run"),
         (["empty", "--usres=3"], "Did you mean users"),
         (["empty", "--users=900"], "from 0 to 200"),
+        (["empty", "--users=many"], "users"),
+        (["empty", "--topk=0"], "--topk from 1 to 100"),
+        (["empty", "--out"], "out"),
+        (["--out=r.html"], "at least one folder"),
+        (["bench"], "is broken"),
     ):
         assert cli.main(["report", *words]) == 2
         assert says in capsys.readouterr().err

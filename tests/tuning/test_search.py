@@ -121,6 +121,40 @@ def test_the_command(tastes, capsys):
     assert "whole number" in capsys.readouterr().err
 
 
+def test_what_a_new_user_types_wrong(tastes, capsys):
+    """One paragraph that says what to do, exit code 2, and nothing is left behind."""
+    Path("p.hyper").write_text("learning_rate choice [0.01,0.02]\n")
+    Path("broken.hyper").write_text("learning_rate chioce [0.01]\n")
+    Path("broken.yaml").write_text("learning_rate: {type: float, low: 1}\n")
+    Path("folder").mkdir()
+    words = [f"--{k}={v}" for k, v in tastes.items()]
+    for own, says in (
+        (["--params-flie=p.hyper"], "unknown flag --params-flie. Did you mean params-file"),
+        (["--params-file=p.hyper", "--trial=3"], "Did you mean trials"),
+        (["--params-file=p.hyper", "--modle=BPR"], "Did you mean model"),
+        (["--params-file=p.hyper", "--model=BRP"], "Did you mean BPR"),
+        (["--params-file=p.hyper", "--strategy=gird"], "Did you mean grid"),
+        (["--params-file=p.hyper", "--pruner=medain"], "Did you mean median"),
+        (["--params-file=p.hyper", "--jobs=0"], "--jobs: expected at least 1"),
+        (["--params-file=p.hyper", "--heartbeat=0"], "--heartbeat: expected at least 1"),
+        (["--params-file=p.hyper", "--search-seed=x"], "--search-seed: expected a whole number"),
+        (["--params-file=p.hyper", "--out"], "--out needs one value"),
+        (["--params-file=p.hyper", "--storage"], "--storage needs one value"),
+        (["--params-file=p.hyper", "--storage=postgres://x"], "cannot be opened"),
+        (["--params-file=p.hyper", "--learning_rate=fast"], "learning_rate"),
+        (["--params-file=broken.hyper"], "Did you mean choice"),
+        (["--params-file=broken.yaml"], "expected numbers low < high"),
+        (["--params-file=folder"], "cannot be read"),
+        (["--params-file=none"], "does not exist"),
+        (["--model=SASRec"], "search needs --params-file"),
+        (["p.hyper"], "Expected --key=value"),
+    ):
+        model = [] if any(w.startswith(("--model", "--modle")) for w in own) else ["--model=BPR"]
+        assert cli.main(["search", *own, *model, *words]) == 2, own
+        said = capsys.readouterr().err
+        assert says in said and said.strip().count("\n") == 0, (own, said)
+
+
 def worker_words(settings, storage, heartbeat=30):
     Path("p.hyper").write_text("learning_rate choice [0.001,0.003,0.01,0.03]\nembedding_size choice [2,4]\n")
     words = [f"--{k}={v}" for k, v in {**settings, "epochs": 2}.items()]
