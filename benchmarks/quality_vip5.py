@@ -45,7 +45,7 @@ def one(seed: int, visual: int, epochs: int) -> None:
     if file.is_file():
         return
     begin, cpu = time.time(), time.process_time()
-    settings = {**SETTINGS, "visual_tokens": visual, "seed": seed, "epochs": epochs, **({} if visual else TEXT_ONLY)}
+    settings = {**SETTINGS, "visual_tokens": visual, "seed": seed, "epochs": epochs, "eval_step": epochs, **({} if visual else TEXT_ONLY)}
     with tempfile.TemporaryDirectory() as folder:
         fixed = {"use_gpu": False, "show_progress": False, "tensorboard": False, "checkpoint_dir": folder}
         record = run("VIP5", "shop", config_dict={**settings, **fixed})["record"]
@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--visual", default="1,0")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)

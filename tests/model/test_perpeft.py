@@ -261,3 +261,26 @@ def test_golden_groups_pools_batches_and_metrics(path, tmp_path, monkeypatch):
                 continue  # the reference cuts this group's catalogue at its largest id, on purpose not followed
             sums = [float(values.values[name][group == g].sum()) for name in names]
             assert_close(torch.tensor(sums), torch.from_numpy(z[f"group/{g}/eval_{phase}_sums"]), atol=1e-4, rtol=1e-5)
+
+
+def test_standardised_features_show_what_tells_items_apart():
+    """Features in a narrow cone, as a contrastive encoder gives them: without the setting all items are projected to nearly one point."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(10 + torch.randn(40, 16, generator=generator), dim=1)
+    encoder = FrozenEncoder(torch.cat((torch.zeros(1, 16), features)))
+    spread = {}
+    for standardised in (False, True):
+        torch.manual_seed(0)
+        network = GroupedSASRec(encoder, 41, 2, 5, 8, 1, 2, 0.0, 0.0, weight=1.0)
+        if standardised:
+            network.standardise()
+        with torch.no_grad():
+            vectors = network.project(encoder(torch.arange(1, 41), 1), 1)
+        assert_close(vectors[0], network.projectors[1](torch.zeros(1, 16))[0].detach())  # padding stays the zero feature
+        spread[standardised] = float((vectors[1:] - vectors[1:].mean(0)).norm(dim=1).mean())
+    assert spread[True] > 3 * spread[False]
+    other = GroupedSASRec(encoder, 41, 2, 5, 8, 1, 2, 0.0, 0.0, weight=1.0)
+    other.standardise()
+    other.centre.add_(1.0)
+    other.load_state_dict(network.state_dict())  # a checkpoint brings its own mean and deviation
+    assert torch.equal(other.centre, network.centre)

@@ -83,6 +83,8 @@ class PerPEFTSASRec(SequentialRecommender):
             l2_emb=config["l2_emb"],
             mask_padding=config["mask_padding"],
         )
+        if config["standardise_features"]:
+            self.network.standardise()
         self.register_buffer("user_group", torch.zeros(self.n_users, dtype=torch.int64))
         self.register_buffer("grouped", torch.tensor(not self.personalized))
         self.register_buffer("sequences", dataset.user_sequences(self.max_seq_length + 1), persistent=False)

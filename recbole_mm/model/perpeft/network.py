@@ -52,9 +52,26 @@ class GroupedSASRec(nn.Module):
         xavier_normal_matrices(self.item_embedding)
         xavier_normal_matrices(self.sequence)
         self.projectors = nn.ModuleList(Projector(encoder.out_features, dim) for _ in range(n_groups))
+        self.register_buffer("centre", None)
+        self.register_buffer("spread", None)
+
+    @torch.no_grad()
+    def standardise(self) -> None:
+        """From now on the projectors see every feature less its mean over the items, divided by its deviation, as the encoder gives it today.
+
+        The features of a contrastive encoder lie in a narrow cone: what all items share is many times larger than what tells them apart, and
+        the projector's norms, which work within an item, keep it so.
+        """
+        self.encoder.eval()
+        items = torch.arange(1, self.item_embedding.num_embeddings, device=self.item_embedding.weight.device)
+        features = self.encoder(items, 0)
+        self.centre, self.spread = features.mean(0), features.std(0).clamp(min=1e-6)
+        self.encoder.train(self.training)
 
     def project(self, features: Tensor, group: int) -> Tensor:
         """Features [n, F] of real items -> their projections below that of padding, [1 + n, D]."""
+        if self.centre is not None:
+            features = (features - self.centre) / self.spread
         return self.projectors[group](torch.cat((features.new_zeros(1, features.shape[1]), features)))
 
     def item_vectors(self, items: Tensor, group: int) -> Tensor:
