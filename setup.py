@@ -59,6 +59,7 @@ setup(
         "open_clip_torch>=2.30",
         "peft>=0.14",
         "optuna>=4.0",
+        "sqlalchemy>=2.0",  # comes with optuna; a search on SQLite sets how its transactions begin
         "pillow>=10.3",
         "safetensors>=0.4.5",
         "huggingface_hub>=0.27",

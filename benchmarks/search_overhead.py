@@ -45,7 +45,7 @@ def write_small(folder: Path) -> dict:
     np.save(target / "visual.npy", draw.standard_normal((60, 16)).astype(np.float32))
     (target / "item_ids.txt").write_text("".join(f"i{i}\n" for i in range(60)))
     return {
-        **QUIET, "data_path": str(folder), "epochs": 5, "stopping_step": 100, "train_batch_size": 512, "topk": [5], "metrics": ["Recall", "NDCG"],
+        **QUIET, "data_path": str(folder), "epochs": 2, "stopping_step": 100, "train_batch_size": 512, "topk": [5], "metrics": ["Recall", "NDCG"],
         "valid_metric": "NDCG@5", "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
         "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
     }  # fmt: skip
@@ -101,7 +101,7 @@ def main() -> None:
     last = cost[-20:].mean()
     rows = [
         (
-            "the study's own trials (1,000 interactions, 5 epochs)",
+            "the study's own trials (1,000 interactions, 2 epochs)",
             float(trial.mean()),
             float(cost.sum() / trial.sum()),
             float(last / trial.mean()),
