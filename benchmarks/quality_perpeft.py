@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from recbole_mm.data.synthetic import make_shop, write_shop
+from recbole_mm.data.synthetic import VERSION, make_shop, write_shop
 from recbole_mm.encoder.finetune import main as finetune
 from recbole_mm.files import write_json, write_text
 from recbole_mm.model.perpeft.model import PerPEFTSASRec
@@ -102,7 +102,7 @@ def one(variant: str, seed: int, kind: str, root: Path, name: str, clip: Path, t
         result = run("SASRec" if variant == "SASRec" else "PerPEFTSASRec", name, config_dict=given)
     record = result["record"]
     out = {
-        "variant": variant, "seed": seed, "kind": kind, "dataset": name, "settings": settings, "valid": record["best_valid_score"],
+        "variant": variant, "seed": seed, "kind": kind, "dataset": name, "version": VERSION, "settings": settings, "valid": record["best_valid_score"],
         "best_epoch": record["best_epoch"], "test": record["test"], "groups": record["test_groups"], "parameters": record["parameters"],
         "epochs": len(record["epochs"]), "epoch_s": float(np.median([e["time_s"] for e in record["epochs"]])),
         "total_s": time.perf_counter() - begin, "valid_curve": [e["valid"]["ndcg@20"] for e in record["epochs"] if e["valid"]],
@@ -120,13 +120,19 @@ def compare(a: list[float], b: list[float]) -> tuple[float, float]:
     return float(np.mean(a) - np.mean(b)), float(np.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)))
 
 
-def markdown(runs: list[dict]) -> str:
+def setting_of(run: dict) -> tuple:
+    """What runs of one table have in common; runs without a version are of the first one."""
+    return run["dataset"], run.get("version", 1), run["kind"], json.dumps(run["settings"], sort_keys=True)
+
+
+def markdown(runs: list[dict], notes: str = "") -> str:
     """One table per shop, kind and settings, with the comparisons that the paper makes."""
     lines = ["# PerPEFT-SASRec on the shop", "", __doc__.split("\n\n")[1], ""]
-    keys = list(dict.fromkeys((r["dataset"], r["kind"], json.dumps(r["settings"], sort_keys=True)) for r in runs))
-    for dataset, kind, settings in keys:
-        mine = [r for r in runs if (r["dataset"], r["kind"], json.dumps(r["settings"], sort_keys=True)) == (dataset, kind, settings)]
-        lines += [f"## {dataset}, {kind}, {settings}", ""]
+    lines += [notes.strip(), ""] if notes else []
+    for key in dict.fromkeys(map(setting_of, runs)):
+        dataset, version, kind, settings = key
+        mine = [r for r in runs if setting_of(r) == key]
+        lines += [f"## {dataset} (generator version {version}), {kind}, {settings if settings != '{}' else 'shipped settings'}", ""]
         lines += [
             "| variant | seeds | NDCG@20 | HR@20 | NDCG@20 valid | ARI of the groups | parameters | s/epoch |",
             "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -158,9 +164,16 @@ def markdown(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def write_page(folder: Path, runs: list[dict]) -> None:
+    """perpeft.md from the runs and, where there is one, perpeft.notes.md."""
+    notes = folder / "perpeft.notes.md"
+    write_text(folder / "perpeft.md", markdown(runs, notes.read_text(encoding="utf-8") if notes.is_file() else ""))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="only write the page again")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--variants", default="none,global,personalized,global_negatives,planted,SASRec")
     parser.add_argument("--kind", default="iisan")
@@ -170,19 +183,22 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, default={})
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "quality")
     args = parser.parse_args()
+    if args.table:
+        write_page(args.results, json.loads((args.results / "perpeft.json").read_text()))
+        return
     root, name, truth = prepare(args.work, args)
     clip = small_clip(args.work, root, name)
     file = args.results / "perpeft.json"
     for seed in map(int, args.seeds.split(",")):
         for variant in args.variants.split(","):
             runs = json.loads(file.read_text()) if file.is_file() else []
-            key = (variant, seed, args.kind, name, args.settings)
-            if any((r["variant"], r["seed"], r["kind"], r["dataset"], r["settings"]) == key for r in runs):
+            key = (variant, seed, (name, VERSION, args.kind, json.dumps(args.settings, sort_keys=True)))
+            if any((r["variant"], r["seed"], setting_of(r)) == key for r in runs):
                 continue
             done = one(variant, seed, args.kind, root, name, clip, truth, args.settings, args.work)
             runs = json.loads(file.read_text()) if file.is_file() else []
             write_json(file, [*runs, done])
-            write_text(args.results / "perpeft.md", markdown([*runs, done]))
+            write_page(args.results, [*runs, done])
             print(
                 variant,
                 seed,

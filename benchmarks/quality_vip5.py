@@ -115,7 +115,7 @@ def table(epochs: int) -> str:
 
     for visual, label in ((0, "VIP5, text only"), (1, "VIP5, one visual token")):
         if runs[visual]:
-            cells = [f"{m:.4f} ± {e:.4f}" for m, e in (stats(visual, metric) for metric in SHOWN)]
+            cells = [f"{m:.4f} ± {e:.4f}" if e == e else f"{m:.4f} (one seed)" for m, e in (stats(visual, metric) for metric in SHOWN)]
             lines.append(f"| {label}, {len(runs[visual])} seeds | " + " | ".join(cells) + " |")
     if all(len(r) > 1 for r in runs.values()):
         cells = []
@@ -123,7 +123,8 @@ def table(epochs: int) -> str:
             (a, ea), (b, eb) = stats(1, metric), stats(0, metric)
             cells.append(f"{a - b:+.4f} ({(a - b) / max(math.hypot(ea, eb), 1e-12):.1f} s.e.)")
         lines.append("| difference | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    notes = OUT / "vip5.notes.md"
+    return "\n".join(lines) + "\n" + ("\n" + notes.read_text(encoding="utf-8") if notes.is_file() else "")
 
 
 def main() -> None:
