@@ -34,6 +34,8 @@ from recbole_mm.model.vip5.network import NetworkSettings, VIP5Network, per_toke
 from recbole_mm.model.vip5.prompts import load_prompts
 from recbole_mm.model.vip5.samples import EpochLoader, sequential_sample
 from recbole_mm.model.vip5.tokenizer import PHOTO, train_tokenizer
+from recbole_mm.parsing import load_yaml
+from recbole_mm.paths import properties_dir
 from recbole_mm.quick_start import create_dataset
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -54,11 +56,12 @@ def t5_small(folder: Path) -> None:
 
 
 def build(folder: Path, **settings):
-    """VIP5 on the shop from the checkpoint in `folder`."""
+    """VIP5 on the shop from the checkpoint in `folder`, with the general settings, not those of a small network for the shop."""
+    general = load_yaml(properties_dir() / "model" / "VIP5.yaml")
     config = Config(
         "VIP5",
         "shop",
-        config_dict={"language_model": str(folder), "use_gpu": False, "state": "ERROR", "show_progress": False, "tensorboard": False, "seed": 1, **settings},
+        config_dict={**{key: general[key] for key in general["per_dataset"]["shop"]}, "language_model": str(folder), "use_gpu": False, "state": "ERROR", "show_progress": False, "tensorboard": False, "seed": 1, **settings},
     )  # fmt: skip
     ensure_features(config)
     train = create_dataset(config).build()[0]
