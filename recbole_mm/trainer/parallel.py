@@ -7,37 +7,11 @@ from recbole_mm.errors import UserError
 MODES = ("rows", "own", "whole")
 #: models of RecBole whose loss of a batch is the mean of the losses of its rows (or a norm over them, which is treated as such): two epochs
 #: in two processes give the losses of one process to 1e-6 (benchmarks/distribution.py; benchmarks/results/distribution.md lists all models tried)
-ROWS = frozenset(
-    {
-        "BPR",
-        "Caser",
-        "DGCF",
-        "DMF",
-        "DeepFM",
-        "FFM",
-        "FISM",
-        "FM",
-        "FOSSIL",
-        "FPMC",
-        "GCMC",
-        "GRU4Rec",
-        "LR",
-        "LightGCN",
-        "NARM",
-        "NGCF",
-        "NNCF",
-        "NeuMF",
-        "NextItNet",
-        "PNN",
-        "SASRec",
-        "STAMP",
-        "SimpleX",
-        "SpectralCF",
-        "TransRec",
-        "WideDeep",
-        "xDeepFM",
-    }
-)
+ROWS = frozenset({
+    "BPR", "Caser", "CORE", "DeepFM", "DGCF", "DMF", "FFM", "FISM", "FM", "FOSSIL", "FPMC", "GCMC", "GCSAN", "GRU4Rec", "HGN",
+    "HRM", "LightGCN", "LightSANs", "LR", "NARM", "NeuMF", "NextItNet", "NGCF", "NNCF", "NPE", "PNN", "RepeatNet", "SASRec",
+    "SimpleX", "SINE", "SpectralCF", "SRGNN", "STAMP", "TransRec", "WideDeep", "xDeepFM",
+})  # fmt: skip
 #: trainers of RecBole with a loop of their own, in which nothing could be exchanged
 ONE_PROCESS = ("NCLTrainer", "DecisionTreeTrainer")
 
