@@ -88,7 +88,7 @@ def select(records: Callable[[], Iterable[Row]], scratch: Path, k: int = 0, spli
 def choose(pairs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Which of `pairs` stay: the first of each that is in the k-core.
 
-    Takes 1 byte a row and about 45 more for each row whose user and item may have k interactions (benchmarks/convert_memory.py).
+    Takes 1 byte a row and about 40 more (and 16 of the mapped file) for each row whose user and item may have k interactions (benchmarks/convert_memory.py).
 
     Returns:
         their rows, the number of each one's user, and how many were repetitions.
