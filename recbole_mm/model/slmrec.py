@@ -85,9 +85,7 @@ class SLMRec(MultimodalRecommender):
         query, losses = first, []
         for step, key, channel in zip(self.query, self.key, others):
             query = step(query)
-            losses.append(
-                info_nce(query, key(channel), self.ssl_temperature, item_of, item_of, distinct=self.distinct_items, key_ids=ids)
-            )
+            losses.append(info_nce(query, key(channel), self.ssl_temperature, item_of, item_of, distinct=self.distinct_items, key_ids=ids))
         return losses
 
 
