@@ -154,7 +154,13 @@ def markdown(runs: list[dict], notes: str = "") -> str:
                 f"{cell(ari, 3) if ari else '-'} | {of[0]['parameters']:,} | {np.median([r['epoch_s'] for r in of]):.2f} |"
             )
         lines.append("")
-        pairs = (("personalized", "global"), ("global", "none"), ("personalized", "global_negatives"), ("planted", "global"))
+        pairs = (
+            ("personalized", "global"),
+            ("global", "none"),
+            ("personalized", "global_negatives"),
+            ("global_negatives", "global"),
+            ("planted", "global"),
+        )
         for a, b in pairs:
             if len(scores.get(a, ())) > 1 and len(scores.get(b, ())) > 1:
                 difference, error = compare(scores[a], scores[b])
