@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
 _TEMPORARY = re.compile(r"\.[\w.-]+\.[a-z0-9_]{8}(\.\w+)?")  # what mkstemp makes of the prefix below
 
 
