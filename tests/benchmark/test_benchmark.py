@@ -120,7 +120,7 @@ def test_other_targets_are_refused(body):
 
 
 def test_a_failed_cell_is_recorded_and_stops_nothing(body):
-    body["model_settings"]["VBPR"] = {"topk": [1000], "valid_metric": "NDCG@1000"}
+    body["model_settings"]["VBPR"] = {"topk": [5, 1000], "valid_metric": "NDCG@1000"}
     plan, failed, _ = run(body)
     assert {cell.model for cell in failed} == {"VBPR"}
     tables = collect(plan, Path("b"))

@@ -233,6 +233,7 @@ def test_a_trial_that_keeps_killing_its_process_is_given_up(tastes):
 
 
 def test_a_process_that_slept_drops_its_trial_and_goes_on(tastes, monkeypatch, caplog):
+    caplog.set_level("INFO")  # whatever level earlier tests left
     s, real, calls = search(tastes, strategy="grid"), module.run, []
 
     def slow(*args, **more):
