@@ -39,7 +39,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 #: keys of encoders that say how to run or train them, not what comes out
 _NOT_SHAPING = {
     "encoder_learning_rate", "encoder_weight_decay", "encoder_freeze_blocks", "encoder_gradient_checkpointing", "encoder_micro_batch",
-    "encoder_batch_size", "encoder_precision", "encoder_workers", "encoder_training",
+    "encoder_batch_size", "encoder_precision", "encoder_workers", "encoder_training", "encoder_seed",
 }  # fmt: skip
 
 
@@ -54,8 +54,13 @@ def shaping_settings(config) -> dict[str, Any]:
     shaping = {key: value for key, value in encoder_settings(config).items() if key not in _NOT_SHAPING}
     shaping.update(text_fields=config["text_fields"], image_folder=config["image_folder"])
     if "pretrained" in shaping and shaping["pretrained"] is None:
-        shaping["seed"] = config["seed"]  # random weights
+        shaping["seed"] = weights_seed(config)
     return json.loads(json.dumps(shaping))
+
+
+def weights_seed(config) -> int:
+    """The seed that random weights of an encoder are drawn from: ``encoder_seed``, else the run's."""
+    return config["seed"] if config["encoder_seed"] is None else config["encoder_seed"]
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -248,7 +253,7 @@ def _extract(config, folder: Path, chosen: Sequence[str] | None, rank: int, proc
         raise UserError(
             f"{config['dataset']!r} has neither pictures ({content.folder / (config['image_folder'] or 'images')}) nor texts (columns {', '.join(content.text_fields)} of {config['dataset']}.item); there is nothing to encode."
         )
-    torch.manual_seed(config["seed"])
+    torch.manual_seed(weights_seed(config))
     encoder = build_encoder(name, encoder_settings(config))
     encoder.fit(content)
     there = {"visual": content.has_images, "textual": content.has_texts}
@@ -396,9 +401,10 @@ def check_same(folder: Path, shaping: dict[str, Any]) -> None:
     differing = [key for key in {**made, **shaping} if key in made and key in shaping and made[key] != shaping[key]]
     if differing:
         key = differing[0]
+        share = f" To use it as it is, say so: --encoder_seed={made[key]} (its weights are random)." if key == "seed" else ""
         raise UserError(
             f"The feature set {folder} was made with {key}={made[key]!r}, this run asks for {shaping[key]!r}. Give the new one its own name "
-            "with --feature_set, or make it again with `recbole-mm extract --overwrite`."
+            f"with --feature_set, or make it again with `recbole-mm extract --overwrite`.{share}"
         )
 
 

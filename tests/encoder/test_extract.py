@@ -162,6 +162,17 @@ def test_a_run_makes_its_missing_features_first(shop, capsys):
         run("VBPR", "shop", config_dict={**settings, "encoder_image_dim": 9})
 
 
+def test_runs_of_several_seeds_share_random_weights_if_told(shop):
+    settings = {"use_gpu": False, "epochs": 1, "state": "error", "show_progress": False, "tensorboard": False, "encoder_workers": 0}
+    settings |= {"encoder": "tiny-clip", "modalities": ["visual"]}
+    run("VBPR", "shop", config_dict={**settings, "seed": 1})
+    before = files(shop / "features" / "tiny-clip")
+    with pytest.raises(UserError, match="was made with seed=1, this run asks for 2.*--encoder_seed=1"):
+        run("VBPR", "shop", config_dict={**settings, "seed": 2})
+    assert run("VBPR", "shop", config_dict={**settings, "seed": 2, "encoder_seed": 1})["record"]["status"] == "finished"
+    assert files(shop / "features" / "tiny-clip") == before
+
+
 def test_the_command(shop, capsys):
     words = [
         "extract",
