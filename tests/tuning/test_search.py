@@ -210,8 +210,6 @@ def points_done(folder="s"):
 def test_a_trial_killed_before_its_first_sign_of_life_is_put_back(tastes):
     s = search(tastes, strategy="grid", heartbeat=1)
     assert s.study.ask().number == 0  # a process takes the defaults and is killed at once
-    s.work()
-    assert len(s.study.get_trials(states=(TrialState.RUNNING,))) == 1
     s.work(wait=True)
     s.finish()
     assert [r["state"] for r in rows()] == ["fail", *["complete"] * 7] and [r["kind"] for r in rows()].count("defaults") == 2
