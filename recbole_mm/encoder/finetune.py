@@ -35,7 +35,7 @@ from recbole_mm.encoder.extract import encoder_settings, extract
 from recbole_mm.encoder.inputs import CatalogueInputs
 from recbole_mm.encoder.trainable import TrainableEncoder, decay_groups
 from recbole_mm.errors import UserError
-from recbole_mm.files import write_json
+from recbole_mm.files import clear_leftovers, write_json
 from recbole_mm.parsing import load_yaml, parse_arguments
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -270,7 +270,9 @@ class Finetuner:
         )
 
     def resume(self) -> None:
-        """Continue from the folder's checkpoint."""
+        """Continue from the folder's checkpoint; what a killed process left half-written is removed."""
+        if distributed.is_main():
+            clear_leftovers(self.folder)
         state = checkpoint.load(self.folder / LAST_FILE, self.inputs.device)
         self.encoder.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
