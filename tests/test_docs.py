@@ -155,11 +155,17 @@ def reader(tmp_path_factory):
     return folder
 
 
+#: pages with commands that need a marker or a stand-in still (issue 8); whoever mends one takes it out, which strict marks ask for
+UNMARKED = ("benchmark.md", "distribution.md", "encoders.md", "perpeft.md", "search.md", "vip5.md")
+TYPED = [
+    pytest.param(page, id=page.name, marks=[pytest.mark.xfail(strict=True, reason="see UNMARKED")] if page.name in UNMARKED else [])
+    for page in PAGES
+    if commands(page)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="not every page has its markers and stand-ins yet; run with --runxfail to see which commands are left", strict=False
-)
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TYPED)
 def test_every_command_works_or_says_what_is_missing(page, reader, monkeypatch, capsys):
     """Typed in the order of the page, made small. Where weights, data or a service are needed, the command says so in one sentence."""
     monkeypatch.chdir(reader)
