@@ -143,6 +143,8 @@ class Finetuner:
 
     def fit(self) -> None:
         """Train until the epochs are over or the validation loss has not fallen for `finetune_patience` of them."""
+        if distributed.is_main():  # what a killed process left half-written, before its first checkpoint or later
+            clear_leftovers(self.folder)
         while self.epoch < self.epochs and self.waited < self.config["finetune_patience"]:
             begin = time.perf_counter()
             train_loss = self._train_epoch()
@@ -270,9 +272,7 @@ class Finetuner:
         )
 
     def resume(self) -> None:
-        """Continue from the folder's checkpoint; what a killed process left half-written is removed."""
-        if distributed.is_main():
-            clear_leftovers(self.folder)
+        """Continue from the folder's checkpoint."""
         state = checkpoint.load(self.folder / LAST_FILE, self.inputs.device)
         self.encoder.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
