@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import glob
 import hashlib
 import json
 import logging
@@ -37,9 +38,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def clear_leftovers(folder: str | os.PathLike) -> None:
-    """Remove the temporary files of :func:`atomic_path` that a killed process left in `folder`; nobody else may be writing there."""
-    for path in Path(folder).glob(".*"):
+def clear_leftovers(folder: str | os.PathLike, stem: str = "") -> None:
+    """Remove the temporary files of :func:`atomic_path` that a killed process left in `folder`, or only those of files named `stem`.
+
+    Nobody else may be writing them.
+    """
+    for path in Path(folder).glob(f".{glob.escape(stem)}.*" if stem else ".*"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 

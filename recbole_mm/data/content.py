@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_mm.errors import UserError
-from recbole_mm.files import atomic_path, derived_folder
+from recbole_mm.files import atomic_path, clear_leftovers, derived_folder, locked
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 MAX_PIXELS = 50_000_000  # a 50-megapixel photo is allowed; decoded it takes 150 MB
@@ -228,7 +228,10 @@ class ItemContent:
         if key not in self._pixels:
             path = derived_folder(self.folder) / ".cache" / f"pixels-{key}.npy"
             if not path.is_file():
-                self._decode_all(names, transform, path)
+                with locked(path.with_name(f".{path.stem}.lock")):  # several processes may want it at once; one decodes
+                    clear_leftovers(path.parent, path.stem)
+                    if not path.is_file():
+                        self._decode_all(names, transform, path)
             self._pixels[key] = np.load(path, mmap_mode="r", allow_pickle=False), {name: row for row, name in enumerate(names)}
         return self._pixels[key]
 
@@ -246,7 +249,6 @@ class ItemContent:
                 return None
 
         shape = next((picture.shape for picture in map(decode, range(len(names))) if picture is not None), (3, 1, 1))
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(names), *shape))
             if hasattr(os, "posix_fallocate"):

@@ -147,6 +147,17 @@ def test_the_cache_follows_the_files_and_the_transform(shop):
     assert ItemContent(shop, TOKENS).image_tensor([2], Half(6)).shape[-1] == 6
 
 
+def test_what_a_kill_left_of_the_cache_goes(shop):
+    content, transform = ItemContent(shop, TOKENS), Half()
+    content.image_tensor([1, 2], transform)
+    (whole,) = (shop / ".cache").iterdir()
+    half, other = whole.with_name(f".{whole.stem}.wuh1urdo.npy"), whole.with_name(".pixels-of-another.wuh1urdo.npy")
+    whole.rename(half)
+    other.touch()
+    ItemContent(shop, TOKENS).image_tensor([1, 2], transform)
+    assert sorted((shop / ".cache").iterdir()) == sorted([whole, other])
+
+
 def test_all_broken_pictures_are_reported_at_once(shop):
     for token in "cde":
         (shop / "images" / f"{token}.jpg").write_bytes(b"no")
