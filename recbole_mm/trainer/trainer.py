@@ -22,6 +22,7 @@ from recbole_mm.data.sampler import build_sampler
 from recbole_mm.errors import UserError
 from recbole_mm.evaluator.full_sort import EvaluationResult, evaluate
 from recbole_mm.model.bank import FeatureBank
+from recbole_mm.trainer.memory import keep_freed_memory
 from recbole_mm.trainer.optim import build_optimizer
 from recbole_mm.trainer.parallel import check_trainer, mode_of
 
@@ -84,6 +85,7 @@ class Trainer(RecBoleTrainer):
     wrap = True
 
     def __init__(self, config, model):
+        keep_freed_memory()
         self.run_dir = Path(config["run_dir"] or config["checkpoint_dir"])
         with mock.patch.object(recbole_trainer, "get_tensorboard", lambda logger: self._curves(config)):
             super().__init__(config, model)  # names its curves by the second; two runs in one second would share them
