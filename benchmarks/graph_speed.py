@@ -167,12 +167,12 @@ def plainly():
         u, i = graph.lightgcn(operator, users.repeat(1, items.shape[1] // users.shape[1]), items, n_layers)
         return graph.pick(u, user_rows), graph.pick(i, item_rows)
 
-    def all_pairs(anchors, keys, temperature, anchor_of, key_of, extra=None, distinct=False):
-        a, k = anchors[anchor_of], keys[key_of]
+    def all_pairs(anchors, keys, temperature, anchor_of, key_of, extra=None, distinct=False, key_ids=None):
+        a, k = anchors[anchor_of], keys if distinct else keys[key_of]
         logits = a @ k.T / temperature
         if extra is not None:
             logits = torch.cat([logits, extra[:, None] / temperature], 1)
-        return torch.nn.functional.cross_entropy(logits, torch.arange(len(a)))
+        return torch.nn.functional.cross_entropy(logits, key_of if distinct else torch.arange(len(a)))
 
     def propagate_features(self, user_rows=None, item_rows=None):
         return fusion.ChannelEncoder.forward(self.encoder, self.operator, self.n_layers, None, user_rows, item_rows)
@@ -273,7 +273,10 @@ def main() -> None:
         )  # fmt: skip
     machine = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": os.getloadavg(), "torch": torch.__version__, "matmul_gflops": flop_rate / 1e9, "copy_gb_s": byte_rate / 1e9, "date": date.today().isoformat()}  # fmt: skip
     write_json(RESULTS / "graph_speed.json", {"machine": machine, "rows": rows, "times_s": times, "floors": floors, "operators_ms": steps})
-    show = lambda value, digits=2: "-" if value is None else f"{value:.{digits}f}"  # noqa: E731
+
+    def show(value, digits=2):
+        return "-" if value is None else f"{value:.{digits}f}"
+
     lines = [
         "# Speed of the graph models", "",
         f"{f'{arguments.batches} prepared batches' if arguments.batches else 'Epochs'} on tiktok as ratios to RecBole's LightGCN, {machine['threads']} threads of {machine['cores']} cores (load {machine['load'][0]:.1f} at the end), {arguments.repetitions} interleaved repetitions, "
