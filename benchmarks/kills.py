@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# after the lines above: numpy reads the number of threads when it is imported, and the package may lie in this checkout only
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
@@ -159,9 +160,17 @@ def jobs() -> list[Job]:
     search = ["search", "--model=VBPR", *QUICK, "--epochs=4", "--params-file=space.yaml", "--heartbeat=1", "--out=found"]
     extraction = ["extract", "--dataset=kiosk", "--use_gpu=False", "--encoder_workers=0"]
     reviews = ["convert", "amazon", "--src", "reviews.json.gz", "--out", "dataset/new", "--no-progress"]
-    sets = lambda folder: files_below(folder / "dataset/kiosk/features", but=("meta.json",))  # noqa: E731
-    new = lambda folder: {**files_below(folder / "dataset/new", but=("convert.json",)), "counts": of_conversion(folder)}  # noqa: E731
-    overwrite = lambda words: lambda folder: [*words, "--overwrite"]  # noqa: E731 -- it may have been killed after its last step
+
+    def sets(folder: Path) -> dict[str, str]:
+        return files_below(folder / "dataset/kiosk/features", but=("meta.json",))
+
+    def new(folder: Path) -> dict:
+        return {**files_below(folder / "dataset/new", but=("convert.json",)), "counts": of_conversion(folder)}
+
+    def overwrite(words: list[str]):
+        """It may have been killed after its last step, and then asks whether to overwrite."""
+        return lambda folder: [*words, "--overwrite"]
+
     return [
         training("BPR", "--epochs=30", EACH_EPOCH),
         training("VBPR", "--epochs=25", "--encoder=classic", EACH_EPOCH),
@@ -272,7 +281,7 @@ def what_is_there(folder: Path, job: Job) -> str:
             return "settings"
         try:
             return f"epoch {torch.load(run / 'last.pt', weights_only=True)['epoch']}"
-        except Exception as error:
+        except Exception as error:  # torch.load raises what the broken byte happens to cause
             return f"last.pt is not whole ({type(error).__name__})"
     if job.kind == "fine-tuning":
         if (folder / "tuned/encoder").exists():

@@ -99,7 +99,10 @@ def measure(truth: Truth, total: np.ndarray, k: int = 20) -> dict[str, float]:
     hit = rank < k
     gain = np.where(hit, 1 / np.log2(rank + 2), 0)
     unseen = truth.unseen[truth.test_item]
-    share = lambda x: float(x.mean()) if len(x) else float("nan")  # noqa: E731
+
+    def share(x: np.ndarray) -> float:
+        return float(x.mean()) if len(x) else float("nan")
+
     return {f"recall@{k}": share(hit), f"ndcg@{k}": share(gain), "cold": share(hit[unseen]), "warm": share(hit[~unseen])}
 
 

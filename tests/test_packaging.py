@@ -51,6 +51,19 @@ def third_party(folder: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.parametrize(
+    "folder, unknown", [("layer", ("config", "model", "trainer", "data")), ("data", ("model", "trainer")), ("model", ("trainer",))]
+)
+def test_which_part_knows_which(folder, unknown):
+    """docs/architecture.md: a layer knows no settings, data no model, a model no trainer."""
+    for path in (ROOT / "recbole_mm" / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                named = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                for module in named:
+                    assert not module.startswith(tuple(f"recbole_mm.{part}" for part in unknown)), f"{path}: {module}"
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot tell which distribution a module is of")
 @pytest.mark.parametrize("folder, extras", [("recbole_mm", []), ("tests", ["test"])])
 def test_every_import_is_declared(declared, folder, extras):

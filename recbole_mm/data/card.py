@@ -87,7 +87,10 @@ def _read_inter(path: Path) -> dict[str, np.ndarray | None]:
                 out["time"].append(pd.to_numeric(chunk[f"timestamp:{fields['timestamp']}"], errors="coerce").to_numpy())
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected UTF-8 text with columns separated by tabs ({error}).") from None
-    join = lambda parts, kind: np.concatenate(parts) if parts else np.empty(0, kind)  # noqa: E731
+
+    def join(parts: list[np.ndarray], kind: type) -> np.ndarray:
+        return np.concatenate(parts) if parts else np.empty(0, kind)
+
     return {"user": join(out["user"], np.uint64), "item": join(out["item"], np.uint64), "time": join(out["time"], float) if timed else None}
 
 
@@ -192,7 +195,10 @@ def _cell(text: object) -> str:
 
 def card_text(card: dict[str, Any]) -> str:
     """The card as Markdown."""
-    share = lambda n: f"{n:,} ({n / max(1, card['items']):.1%})"  # noqa: E731
+
+    def share(n: int) -> str:
+        return f"{n:,} ({n / max(1, card['items']):.1%})"
+
     lines = [
         f"# {_cell(card['name'])}",
         "",

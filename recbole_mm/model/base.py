@@ -41,7 +41,7 @@ class MultimodalRecommender(GeneralRecommender):
     uses_features = True
     #: a model that needs its own dataset class or trainer names it here
     dataset_class: type | None = None
-    trainer_class: type | None = None
+    trainer_class: type | str | None = None
     #: how several processes share a batch (see `recbole_mm.trainer.parallel`). "rows" says that the loss is a mean over the rows of the batch,
     #: with terms that are not written with the functions of `recbole_mm.distributed`; None lets every process compute whole batches
     parallel: str | None = None

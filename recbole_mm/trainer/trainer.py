@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from unittest import mock
 
@@ -434,11 +435,15 @@ def _copied(value: Any) -> Any:
 def trainer_class_for(model_class: type, config) -> type:
     """The trainer of a model: what its class names in ``trainer_class``, else RecBole's choice on top of ours.
 
+    A model of ours names it by a string ("package.module.Class"), because models do not import trainers.
     RecBole gives some models trainers of their own (KGAT, S3Rec, ...). They are put before ours in one class, so that their ``super()``
     calls arrive here. Decision trees share nothing with the loop and keep RecBole's trainer.
     """
-    if getattr(model_class, "trainer_class", None) is not None:
-        return model_class.trainer_class
+    named = getattr(model_class, "trainer_class", None)
+    if isinstance(named, str):
+        return resolve_name(named)
+    if named is not None:
+        return named
     theirs = recbole_get_trainer(config["MODEL_TYPE"], config["model"])
     if theirs is RecBoleTrainer:
         return Trainer

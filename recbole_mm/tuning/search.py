@@ -369,9 +369,8 @@ def _lock_before_reading(engine) -> None:
     @sqlalchemy.event.listens_for(engine, "connect")
     def _(connection, _record):
         connection.isolation_level = None  # sqlite3 begins nothing on its own
-        with contextlib.suppress(
-            sqlite3.OperationalError
-        ):  # another process is switching, or the file system has no shared memory: as before
+        # suppressed: another process is switching just now, or the file system has no shared memory; then it stays as before
+        with contextlib.suppress(sqlite3.OperationalError):
             mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             # A trial writes some twelve times. In this mode a write waits for the disk only now and then, and nothing is lost when a process is killed.
             connection.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")

@@ -181,7 +181,10 @@ def test_a_sequential_model_runs_on_ready_splits(tastes):
     world = Path("dataset/tastes/tastes.inter").read_text().splitlines()[1:]
     rows = [line.split("\t") for line in world]
     last = {user: max(float(row[2]) for row in rows if row[0] == user) for user in {row[0] for row in rows}}
-    split = lambda row: 2 if float(row[2]) == last[row[0]] else 1 if float(row[2]) == last[row[0]] - 1 else 0  # noqa: E731
+
+    def split(row):
+        return 2 if float(row[2]) == last[row[0]] else 1 if float(row[2]) == last[row[0]] - 1 else 0
+
     ready([[row for row in rows if split(row) == part] for part in range(3)])
     common = {**tastes, "epochs": 1, "hidden_size": 8, "inner_size": 8, "n_heads": 1, "train_neg_sample_args": None}
     from_files = run("SASRec", config_dict={**common, "benchmark_filename": ["train", "valid", "test"]})

@@ -39,7 +39,10 @@ def dense_adjacency(graph, keep=None) -> torch.Tensor:
 def dense_operator(kind: str, a: torch.Tensor) -> torch.Tensor:
     """The definitions, word by word."""
     eye = torch.eye(len(a))
-    inverse = lambda d, p: torch.where(d > 0, d.clamp_min(1).pow(p), 0.0)  # noqa: E731
+
+    def inverse(d, p):
+        return torch.where(d > 0, d.clamp_min(1).pow(p), 0.0)
+
     if kind == "plain":
         return a
     if kind == "sym":

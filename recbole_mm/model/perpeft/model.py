@@ -18,6 +18,7 @@ Differences from the official code, each for the reason given:
 """
 
 import logging
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,7 +35,6 @@ from recbole_mm.encoder.extract import choose_precision
 from recbole_mm.errors import UserError
 from recbole_mm.model.perpeft.encoder import CLIPItems, FrozenEncoder, IISANEncoder, PeftEncoder, spread_layers
 from recbole_mm.model.perpeft.network import GroupedSASRec, left_padded
-from recbole_mm.trainer.perpeft import PerPEFTTrainer
 
 SCOPES = ("none", "global", "personalized")
 
@@ -48,7 +48,7 @@ class PerPEFTSASRec(SequentialRecommender):
     input_type = InputType.POINTWISE
     supported_paradigms = ("frozen",)
     dataset_class = UserSequenceDataset
-    trainer_class = PerPEFTTrainer
+    trainer_class = "recbole_mm.trainer.perpeft.PerPEFTTrainer"
     parallel = "own"  # the negatives are drawn for the whole batch, and the mean is one over positions
 
     def __init__(self, config, dataset):
@@ -201,7 +201,7 @@ class PerPEFTSASRec(SequentialRecommender):
                 groups = self.user_group
             else:  # one group for all has what occurs in training as its pool
                 groups = torch.zeros_like(self.user_group) if self.negative_items == "train" else None
-            tokens = lambda user: self.dataset.id2token(self.dataset.uid_field, user)  # noqa: E731
+            tokens = partial(self.dataset.id2token, self.dataset.uid_field)
             self._negatives = GroupSampler(self.pairs, self.n_users, self.n_items, groups, self.device, tokens)
         return self._negatives.sample(users, number)
 

@@ -4,10 +4,6 @@ network.py: T5 with adapters and visual tokens; prompts.py, tokenizer.py, sample
 the items that exist; dataset.py, model.py: the sides that face RecBole. The training loop is in trainer/vip5.py.
 """
 
+from recbole_mm.model.vip5.model import VIP5
 
-def __getattr__(name: str):
-    if name == "VIP5":  # the trainer imports parts of this package, and the model names its trainer
-        from recbole_mm.model.vip5.model import VIP5
-
-        return VIP5
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["VIP5"]

@@ -52,7 +52,6 @@ from recbole_mm.model.vip5.samples import (
 )
 from recbole_mm.model.vip5.search import NORMALISE, Trie, beam_search, score_items
 from recbole_mm.model.vip5.tokenizer import Pieces, load_tokenizer, train_tokenizer
-from recbole_mm.trainer.vip5 import VIP5Trainer
 
 #: prompts the paper evaluates with, in its order
 EVALUATED = {"sequential": ("A-3", "A-9"), "direct": ("B-5", "B-8"), "explanation": ("C-3", "C-12")}
@@ -66,7 +65,7 @@ class VIP5(SequentialRecommender):
     supported_paradigms = ("frozen", "finetuned")
     uses_features = True
     dataset_class = VIP5Dataset
-    trainer_class = VIP5Trainer
+    trainer_class = "recbole_mm.trainer.vip5.VIP5Trainer"
     parallel = "rows"
 
     @classmethod
