@@ -31,6 +31,7 @@ from recbole_mm.encoder import build_encoder
 from recbole_mm.encoder.base import Encoder
 from recbole_mm.errors import UserError
 from recbole_mm.files import atomic_path, locked, write_json
+from recbole_mm.memory import keep_freed_memory
 from recbole_mm.parsing import load_yaml, parse_arguments
 from recbole_mm.record import versions
 
@@ -246,6 +247,7 @@ def _finished(folder: Path, config, chosen: Sequence[str] | None) -> bool:
 
 def _extract(config, folder: Path, chosen: Sequence[str] | None, rank: int, processes: int, progress: bool, overwrite: bool) -> None:
     """Encode the modalities `chosen` (all that can be, if None) into `folder`, and those it has already; the set's lock is held."""
+    keep_freed_memory()
     name, shaping = config["encoder"], shaping_settings(config)
     device = torch.device(config["device"])
     content = ItemContent.catalogue(config)

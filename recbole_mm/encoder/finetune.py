@@ -36,6 +36,7 @@ from recbole_mm.encoder.inputs import CatalogueInputs
 from recbole_mm.encoder.trainable import TrainableEncoder, decay_groups
 from recbole_mm.errors import UserError
 from recbole_mm.files import clear_leftovers, write_json
+from recbole_mm.memory import keep_freed_memory
 from recbole_mm.parsing import load_yaml, parse_arguments
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -97,6 +98,7 @@ class Finetuner:
     def __init__(self, config, folder: Path, given: dict | None = None):
         self.config, self.folder, self.given = config, Path(folder), dict(given or {})
         device = torch.device(config["device"])
+        keep_freed_memory()
         torch.manual_seed(config["seed"])
         content = ItemContent.catalogue(config)
         encoder = build_encoder(config["encoder"], encoder_settings(config))

@@ -22,8 +22,8 @@ from recbole_mm.data.loader import TrainLoader, loader_state, restore_loader_sta
 from recbole_mm.data.sampler import build_sampler
 from recbole_mm.errors import UserError
 from recbole_mm.evaluator.full_sort import EvaluationResult, evaluate
+from recbole_mm.memory import keep_freed_memory
 from recbole_mm.model.bank import FeatureBank
-from recbole_mm.trainer.memory import keep_freed_memory
 from recbole_mm.trainer.optim import build_optimizer
 from recbole_mm.trainer.parallel import check_trainer, mode_of
 

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from recbole_mm.trainer.memory import keep_freed_memory
+from recbole_mm.memory import keep_freed_memory
 
 PROGRAM = """
 import resource, sys
 import torch
-from recbole_mm.trainer.memory import keep_freed_memory
+from recbole_mm.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def batch():
