@@ -186,8 +186,8 @@ class ItemContentProbe:
         separator, key = settings.get("field_separator") or "\t", settings.get("ITEM_ID_FIELD") or "item_id"
         content = ItemContent(folder, ["[PAD]"], fields, images, name, separator, key)
         self.images_folder, self.fields = folder / images, list(fields)
-        self.images = bool(content._images)
-        table = content._read_table()
+        self.images = bool(content.pictures)
+        table = content.read_table()
         self.item_file = table is not None
         self.texts = table is not None and any(field in table and table[field].str.strip().any() for field in fields)
         self.anything = self.images or self.texts

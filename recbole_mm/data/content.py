@@ -78,7 +78,7 @@ class ItemContent:
 
     # texts
 
-    def _read_table(self) -> pd.DataFrame | None:
+    def read_table(self) -> pd.DataFrame | None:
         """The item file as raw strings, or None where the dataset has none."""
         if not self._table_path.is_file():
             return None
@@ -95,14 +95,14 @@ class ItemContent:
         return self._id_field if self._id_field in table else table.columns[0]
 
     def _item_tokens(self) -> list[str]:
-        table = self._read_table()
+        table = self.read_table()
         return [] if table is None else table[self._key(table)].tolist()
 
     def _read(self) -> dict[str, list[str]]:
         """Columns of the item file by field name, in the order of `tokens`; empty strings where an item or field is absent."""
         if self._columns is not None:
             return self._columns
-        table = self._read_table()
+        table = self.read_table()
         if table is None:
             self._columns = {}
             return self._columns
@@ -124,7 +124,7 @@ class ItemContent:
         """
         settings = (config["text_fields"] or (), config["image_folder"] or "images", config["dataset"], config["field_separator"])
         probe = cls(config["data_path"], ["[PAD]"], *settings, config["ITEM_ID_FIELD"])
-        tokens = [*probe._item_tokens(), *sorted(probe._images)]
+        tokens = [*probe._item_tokens(), *sorted(probe.pictures)]
         for token in tokens:
             if token != token.strip() or "\n" in token:
                 raise UserError(f"{probe.folder}: the item token {token!r} begins or ends with a blank, or holds a line break. Rename it.")
@@ -183,6 +183,11 @@ class ItemContent:
                 if earlier is None or SUFFIXES.index(suffix.lower()) < SUFFIXES.index(earlier.suffix.lower()):
                     found[stem] = Path(entry.path)
         return found
+
+    @property
+    def pictures(self) -> dict[str, Path]:
+        """Every picture of the folder by the token it is named by, whether or not there is such an item."""
+        return self._images
 
     @property
     def has_images(self) -> bool:
