@@ -54,6 +54,8 @@ def test_the_copying_start_hands_embeddings_through_and_looks_at_the_next_token(
     attention = network.encoder.block[0].layer[0].SelfAttention
     bias = attention.compute_bias(6, 6)[0, 0]
     assert bias.argmax(1)[:-1].tolist() == [1, 2, 3, 4, 5]
+    heads = attention.o.weight.view(32, 2, 16).pow(2).mean((0, 2)).sqrt()  # T5 starts them at (heads * d_kv) ** -0.5
+    assert heads.tolist() == pytest.approx([0.2 * 32**-0.5] * 2, rel=0.2)  # what the head reads must not blur the token it stands on
 
 
 def test_a_decoder_deeper_than_the_encoder_generates(root):

@@ -173,7 +173,8 @@ class VIP5Network(T5ForConditionalGeneration):
         With T5's initialisation each sub-layer adds a random map as large as its input, so an item of the source reaches the output
         layer, which shares its embedding, in a random direction, and a small model needs tens of thousands of steps to turn it back.
         Here every sub-layer adds little, and values and outputs of cross-attention are each other's inverse (orthogonal, where inner
-        size and width agree). One head of the first encoder block looks at the next token, which for an item's number is its picture.
+        size and width agree). One head of the first encoder block looks at the next token, which for an item's number is its picture;
+        it too adds little, for the number is what must be copied, and a picture at full strength blurs it.
         """
         for stack in (self.encoder, self.decoder):
             for block in stack.block:
@@ -186,8 +187,6 @@ class VIP5Network(T5ForConditionalGeneration):
                         out = layer.SelfAttention.o if hasattr(layer, "SelfAttention") else layer.DenseReluDense.wo
                         out.weight.mul_(0.2)
         first = self.encoder.block[0].layer[0].SelfAttention
-        head = slice(0, self.settings.d_kv)
-        first.o.weight[:, head] /= 0.2
         first.relative_attention_bias.weight[self.settings.relative_attention_num_buckets // 2 + 1, 0] = 5.0  # one place to the right
 
     def _add_adapters(self) -> None:
