@@ -36,6 +36,7 @@ STRATEGIES = ("grid", "random", "tpe")
 RECBOLE_NAMES = {"exhaustive": "grid", "bayes": "tpe"}  # what RecBole's HyperTuning calls them
 PRUNERS = ("none", "median", "hyperband")
 _HEARTBEAT = 30  # seconds
+_SILENCE = 10  # seconds without a new trial after which the process that was filling a study is taken for dead
 _RETRIES = 3  # of a trial whose process was killed
 
 
@@ -108,26 +109,28 @@ class Search:
             )
         except optuna.exceptions.DuplicatedStudyError:
             study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=made)
-            deadline = time.monotonic() + 60
-            while "ready" not in study.user_attrs:  # another process is still writing the grid
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"The study {name} in {url} was begun but never filled. Remove it, or choose another --out or --storage."
-                    ) from None
-                time.sleep(0.1)
-            if study.user_attrs["space"] != described or study.user_attrs["strategy"] != self.strategy:
+            ready, attrs = _wait_until_filled(study), study.user_attrs
+            if attrs.get("space", described) != described or attrs.get("strategy", self.strategy) != self.strategy:
                 raise UserError(
                     f"There is a study {name} with another search space or strategy. Choose another --out or --storage, or remove it."
                 ) from None
-            return study
+            if ready:
+                return study
+        self._fill(study, described)
+        return study
+
+    def _fill(self, study: optuna.Study, described: str) -> None:
+        """Put the defaults and every grid point into the storage, but for those that a process which was killed meanwhile has put there."""
+        there = {_place(t) for t in study.get_trials(deepcopy=False)}
         study.set_user_attr("space", described)
         study.set_user_attr("strategy", self.strategy)
-        study.enqueue_trial({}, user_attrs={"kind": "defaults"})
+        if ("defaults", None) not in there:
+            study.enqueue_trial({}, user_attrs={"kind": "defaults"})
         for number, point in enumerate(self.points or ()):
-            stored = {p.name: p.stored(point[p.name]) for p in self.space}
-            study.enqueue_trial(stored, user_attrs={"kind": "grid", "point": number})
+            if ("grid", number) not in there:
+                stored = {p.name: p.stored(point[p.name]) for p in self.space}
+                study.enqueue_trial(stored, user_attrs={"kind": "grid", "point": number})
         study.set_user_attr("ready", True)
-        return study
 
     # running
 
@@ -197,8 +200,9 @@ class Search:
     def _objective(self, trial: optuna.Trial) -> float:
         self._current = trial._trial_id
         kind = trial.user_attrs.get("kind")
-        # two processes saw the last waiting point, or the last place, and another one has it
-        if kind is None and (self.points is not None or sum(t.number < trial.number for t in self._counted()) >= self.trials):
+        # two processes saw the last waiting point, or the last place, and another one has it; or two have filled the study
+        late = kind is None and (self.points is not None or sum(t.number < trial.number for t in self._counted()) >= self.trials)
+        if late or trial.number in _repeats(self.study.get_trials(deepcopy=False)):
             trial.set_user_attr("kind", "surplus")
             raise optuna.TrialPruned
         values = {} if kind == "defaults" else {p.name: p.suggest(trial) for p in self.space}
@@ -256,7 +260,9 @@ class Search:
         Raises:
             UserError: when every trial failed.
         """
-        trials = [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("kind") != "surplus"]
+        trials = self.study.get_trials(deepcopy=False)
+        repeats = _repeats(trials)
+        trials = [t for t in trials if t.user_attrs.get("kind") != "surplus" and t.number not in repeats]
         write_text(self.folder / "trials.csv", _table(trials, self.space))
         done = [t for t in trials if t.state == TrialState.COMPLETE]
         if not done:
@@ -288,6 +294,39 @@ class Search:
         }  # fmt: skip
         write_json(self.folder / "result.json", result)
         return result
+
+
+def _wait_until_filled(study: optuna.Study) -> bool:
+    """Whether the process that made the study fills it. It is waited for as long as trials appear; a silent one was killed."""
+    seen, since = -1, time.monotonic()
+    while "ready" not in study.user_attrs:
+        count = len(study.get_trials(deepcopy=False))
+        if count != seen:
+            seen, since = count, time.monotonic()
+        elif time.monotonic() - since > _SILENCE:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _place(trial) -> tuple[str | None, int | None]:
+    """What an enqueued trial stands for: the defaults, or a point of the grid."""
+    return trial.user_attrs.get("kind"), trial.user_attrs.get("point")
+
+
+def _repeats(trials) -> set[int]:
+    """Numbers of trials that stand for what an earlier one stands for, unless that one's process was killed.
+
+    There are none unless a process fell silent while it filled the study, another one filled it instead, and the first one woke up.
+    """
+    taken, found = set(), set()
+    for trial in sorted(trials, key=lambda t: t.number):
+        if trial.user_attrs.get("kind") not in ("defaults", "grid") or _died(trial):
+            continue
+        if _place(trial) in taken:
+            found.add(trial.number)
+        taken.add(_place(trial))
+    return found
 
 
 def _died(trial) -> bool:

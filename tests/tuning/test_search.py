@@ -77,6 +77,40 @@ def test_a_finished_search_does_nothing_more(tastes, monkeypatch):
         search(tastes, space=[LR], strategy="grid")
 
 
+@pytest.mark.parametrize("written", [0, 1, 4])
+def test_a_search_killed_while_it_wrote_its_grid_is_completed(tastes, monkeypatch, written):
+    """The next start used to ask the user to remove the study."""
+    real, count = optuna.Study.enqueue_trial, iter(range(100))
+
+    def killed(study, *args, **more):
+        if next(count) == written:
+            raise KeyboardInterrupt
+        real(study, *args, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optuna.Study, "enqueue_trial", killed)
+        search(tastes, strategy="grid")
+    monkeypatch.setattr(module, "_SILENCE", 0.3)
+    with pytest.raises(UserError, match="another search space"):
+        search(tastes, space=[LR], strategy="grid")
+    s = search(tastes, strategy="grid")
+    assert len(s.study.trials) == 7
+    monkeypatch.setattr(module, "run", lambda *a, **k: pytest.fail("not in this test"))
+    assert len(search(tastes, strategy="grid").study.trials) == 7, "a full study is left as it is"
+
+
+def test_a_grid_that_two_processes_have_written_runs_once(tastes):
+    """The one that fell silent while it wrote wakes up when another one has done it."""
+    s = search(tastes, space=[DIM], strategy="grid")
+    s.study.enqueue_trial({}, user_attrs={"kind": "defaults"})
+    for number, dim in enumerate(DIM.choices):
+        s.study.enqueue_trial({DIM.name: DIM.stored(dim)}, user_attrs={"kind": "grid", "point": number})
+    s.work()
+    result = s.finish()
+    assert result["trials"]["complete"] == 3 and result["trials"]["waiting"] == 0
+    assert [r["kind"] for r in rows()] == ["defaults", "grid", "grid"]
+
+
 def test_a_failed_trial_is_recorded_and_stops_nothing(tastes):
     s = search(tastes, space=[Parameter("learning_rate", choices=(0.01, -1.0))], strategy="grid")
     s.work()
