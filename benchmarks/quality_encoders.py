@@ -40,6 +40,7 @@ END2END = {  # large batches: a step encodes each distinct item of its batch
     "SLMRec": {"train_batch_size": 2048, "learning_rate": 0.005, "epochs": 10, "stopping_step": 10},
 }
 ENCODER_RATE = 0.001
+NOTES = Path(__file__).parent / "quality" / "encoders.notes.md"
 
 
 def measure(model: str, **settings) -> dict:
@@ -130,7 +131,8 @@ def tables(results: dict) -> str:
         rows = sorted(results["end2end"], key=lambda r: ([*END2END].index(r["model"]), r["training"] == "end2end"))
         note = f"A CLIP of two layers and width {SMALL['width']} from random weights, V&T: frozen, or trained by the recommender's loss (rate {ENCODER_RATE})."
         table(rows, ("model", "training"), "End to end against frozen random features", note)
-    return "\n".join(lines)
+    notes = NOTES.read_text(encoding="utf-8") if NOTES.is_file() else ""
+    return "\n".join(lines) + "\n" + notes
 
 
 def main() -> None:
