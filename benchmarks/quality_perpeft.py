@@ -40,6 +40,11 @@ COMMON = {
     "metrics": ["Hit", "NDCG"], "topk": [10, 20, 30], "valid_metric": "NDCG@20", "mask_history": True, "metric_decimal_place": 7,
     "MAX_ITEM_LIST_LENGTH": 10, "negative_items": "train", "encoder": None,
 }  # fmt: skip
+# what properties/model/PerPEFTSASRec.yaml ships for the shop, for shops of any name and size; every fourth epoch is evaluated
+SHIPPED = {
+    "l2_emb": 1.0, "standardise_features": True, "weight_scalar": 0.5, "MAX_ITEM_LIST_LENGTH": 20, "hidden_dropout_prob": 0.1,
+    "attn_dropout_prob": 0.1, "train_batch_size": 32, "learning_rate": 3e-3, "epochs": 80, "global_epochs": 30, "eval_step": 4,
+}  # fmt: skip
 VARIANTS = {
     "none": {"peft_scope": "none"},
     "global": {"peft_scope": "global"},
@@ -92,8 +97,7 @@ def one(variant: str, seed: int, kind: str, root: Path, name: str, clip: Path, t
     else:
         given = {
             "pretrained": str(clip), "peft_kind": kind, "iisan_states": 3, "n_groups": 6, "text_fields": ["title", "description"],
-            "encoder_text_length": 24, "encoder_precision": "fp32", "weight_scalar": 0.2, "train_batch_size": 64, "learning_rate": 5e-3,
-            **given, **settings,
+            "encoder_text_length": 24, "encoder_precision": "fp32", **given, **SHIPPED, **settings,
         }  # fmt: skip
     PerPEFTSASRec.assign_groups = (lambda model: planted_groups(model, truth)) if variant == "planted" else PLANTED
     begin = time.perf_counter()
