@@ -174,7 +174,7 @@ class VIP5Network(T5ForConditionalGeneration):
         layer, which shares its embedding, in a random direction, and a small model needs tens of thousands of steps to turn it back.
         Here every sub-layer adds little, and values and outputs of cross-attention are each other's inverse (orthogonal, where inner
         size and width agree). One head of the first encoder block looks at the next token, which for an item's number is its picture;
-        it too adds little, for the number is what must be copied, and a picture at full strength blurs it.
+        it too adds little, for the number is what must be copied, and a picture at full strength may blur it.
         """
         for stack in (self.encoder, self.decoder):
             for block in stack.block:
