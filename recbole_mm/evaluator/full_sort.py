@@ -35,7 +35,8 @@ from recbole_mm.evaluator.groups import group_metrics
 from recbole_mm.evaluator.per_user import PerUser, row_values
 
 DEFAULT_MEMORY_MB = 512
-_CACHE_BYTES = 16 << 20  # CPU: the allocator reuses a score matrix of this size (see memory.py), and much of it stays in the cache; 4, 8 and 24 MiB are slower
+# CPU: the allocator reuses a score matrix of this size (see memory.py), and much of it stays in the cache; 4, 8 and 24 MiB are slower
+_CACHE_BYTES = 16 << 20
 _FOLD = 8  # columns folded into one by `top_k` before it searches
 
 
