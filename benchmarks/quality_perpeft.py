@@ -28,7 +28,8 @@ from recbole_mm.data.synthetic import VERSION, make_shop, write_shop
 from recbole_mm.encoder.finetune import main as finetune
 from recbole_mm.files import write_json, write_text
 from recbole_mm.model.perpeft.model import PerPEFTSASRec
-from recbole_mm.paths import bundled_dataset_dir
+from recbole_mm.parsing import load_yaml
+from recbole_mm.paths import bundled_dataset_dir, properties_dir
 from recbole_mm.quick_start import run
 
 SIZES = {
@@ -40,11 +41,13 @@ COMMON = {
     "metrics": ["Hit", "NDCG"], "topk": [10, 20, 30], "valid_metric": "NDCG@20", "mask_history": True, "metric_decimal_place": 7,
     "MAX_ITEM_LIST_LENGTH": 10, "negative_items": "train", "encoder": None,
 }  # fmt: skip
-# what properties/model/PerPEFTSASRec.yaml ships for the shop, for shops of any name and size; every fourth epoch is evaluated
-SHIPPED = {
-    "l2_emb": 1.0, "standardise_features": True, "weight_scalar": 0.5, "MAX_ITEM_LIST_LENGTH": 20, "hidden_dropout_prob": 0.1,
-    "attn_dropout_prob": 0.1, "train_batch_size": 32, "learning_rate": 3e-3, "epochs": 80, "global_epochs": 30, "eval_step": 4,
-}  # fmt: skip
+# what is shipped for the shop, for shops of any name and size; every fourth epoch is evaluated
+_SHOP = load_yaml(properties_dir() / "model" / "PerPEFTSASRec.yaml")["per_dataset"]["shop"]
+_TRAINING = (
+    "l2_emb", "standardise_features", "weight_scalar", "MAX_ITEM_LIST_LENGTH", "hidden_dropout_prob", "attn_dropout_prob", "train_batch_size",
+    "learning_rate", "epochs", "global_epochs",
+)  # fmt: skip
+SHIPPED = {**{key: _SHOP[key] for key in _TRAINING}, "eval_step": 4}
 VARIANTS = {
     "none": {"peft_scope": "none"},
     "global": {"peft_scope": "global"},

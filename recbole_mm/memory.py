@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Ask glibc to serve blocks up to 32 MiB from memory that stays with the process (at most 1 GiB unused), and say whether it did.
 
     By default the largest arrays of a batch go back to the system when they are freed, and the next batch takes them anew, a page fault for
-    every 4 KiB: 4 to 8 % of an epoch of MMGCN on tiktok, a quarter of the encoding of pictures with ViT-B/16 in bf16. Does nothing with another C library, or where a MALLOC_ variable of the environment
-    says that somebody has chosen.
+    every 4 KiB: 4 to 8 % of an epoch of MMGCN on tiktok, a quarter of the encoding of pictures with ViT-B/16 in bf16. Does nothing with
+    another C library, or where a MALLOC_ variable of the environment says that somebody has chosen.
     """
     if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
         return False

@@ -162,9 +162,8 @@ def _new_run(config) -> Path:
     """The directory of a new run, with its settings."""
     run_dir = new_run_dir(config["checkpoint_dir"], config["run_name"], f"{config['model']}-{config['dataset']}")
     write_text(run_dir / "given.yaml", yaml.safe_dump(config.user_settings, sort_keys=False, allow_unicode=True))
-    write_text(
-        run_dir / "settings.yaml", yaml.safe_dump(config.settings(), sort_keys=False, allow_unicode=True)
-    )  # last: --resume asks for it
+    # last: --resume asks for it
+    write_text(run_dir / "settings.yaml", yaml.safe_dump(config.settings(), sort_keys=False, allow_unicode=True))
     return run_dir
 
 

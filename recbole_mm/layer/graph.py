@@ -27,7 +27,8 @@ def csr(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> Te
 def dense_product(matrix: Tensor, x: Tensor) -> Tensor:
     """`matrix` [r, c] sparse times `x` [c, D] in float32, also inside an autocast region (sparse kernels know no half precision).
 
-    ``matrix @ x`` fills its result with zeros and copies it before the product; MKL needs neither (1.3 to 4 times faster on tiktok's graph).
+    ``matrix @ x`` fills its result with zeros and copies it before the product; MKL needs neither
+    (1.3 to 1.8 times faster on a random graph of tiktok's size, 64 to 256 columns).
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.float().contiguous()
