@@ -31,6 +31,17 @@ def test_there_are_exactly_the_29_published_prompts():
     assert held_out(prompts) == {"A-9", "B-8", "C-12"}
 
 
+def test_the_prompts_without_the_user_are_found_by_their_name(tmp_path, monkeypatch):
+    prompts = load_prompts("prompts_no_user.yaml")
+    assert prompts["A-10"].source_args == ("purchase_history",) and prompts["A-10"].kind == "next"
+    assert prompts["B-7"] == load_prompts()["B-7"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts_no_user.yaml").write_text("prompts: []\n", encoding="utf-8")
+    assert load_prompts("prompts_no_user.yaml") == {}  # a file of that name where the command runs goes first
+    with pytest.raises(UserError, match=r"prompts_of_mine\.yaml"):
+        load_prompts("prompts_of_mine.yaml")
+
+
 @pytest.mark.skipif(not (GOLDEN.parent / "vip5" / "prompts.yaml").is_file(), reason=f"no vip5/prompts.yaml beside {GOLDEN}")
 def test_golden_prompts_are_identical_strings():
     theirs = yaml.safe_load((GOLDEN.parent / "vip5" / "prompts.yaml").read_text(encoding="utf-8"))

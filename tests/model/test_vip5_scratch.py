@@ -6,7 +6,7 @@ import torch
 
 from recbole_mm.errors import UserError
 from recbole_mm.model.vip5.dataset import factorise
-from recbole_mm.model.vip5.network import NetworkSettings, VIP5Network
+from recbole_mm.model.vip5.network import NetworkSettings, VIP5Network, per_token_loss
 from recbole_mm.model.vip5.samples import EpochLoader, render
 from tests.model.vip5_data import build, write_dataset
 
@@ -84,13 +84,19 @@ def test_numbers_start_where_the_interactions_put_them(root):
         build(root, collaborative_start=3, number_tokens="digits")
 
 
+def test_users_can_be_left_out_of_the_start(root):
+    _, model, _ = build(root, collaborative_start=3, collaborative_users=False)
+    weight, numbers = model.network.shared.weight, model.facts
+    assert not weight[model._number_tokens(numbers.user_number, np.arange(1, model.n_users))].any()
+    assert weight[model._number_tokens(numbers.item_number, np.arange(1, model.n_items))].any(1).all()
+
+
 def test_items_that_training_lacks_are_no_negatives(tmp_path):
     root = write_dataset(tmp_path, users=4)  # few users: some items are never sold in training
     _, model, parts = build(root, tasks=["sequential"], train_prompts=["A-3"], negative_items="train", visual_tokens=0)
     unseen = np.setdiff1d(np.arange(1, model.n_items), parts[0].inter_feat["item_id"].numpy())
     assert len(unseen)
     batch = render(model.renderer, epoch(model).samples(0))
-    batch.labels = batch.labels[:, :1]  # the number; the end mark behind it is a token among all
     model.train()
     model.calculate_loss(batch).backward()
     gradient = model.network.shared.weight.grad
@@ -101,6 +107,23 @@ def test_items_that_training_lacks_are_no_negatives(tmp_path):
     model.eval()
     model.calculate_loss(batch).backward()  # a validation loss counts every token
     assert model.network.shared.weight.grad[rows].any(1).all()
+
+
+def test_in_training_an_answer_costs_what_its_number_costs_among_the_items(tmp_path):
+    root = write_dataset(tmp_path, users=4)
+    _, model, parts = build(root, tasks=["sequential"], train_prompts=["A-3", "A-7"], negative_items="train", visual_tokens=0, dropout=0.0)  # fmt: skip
+    batch = render(model.renderer, epoch(model).samples(0))
+    first = batch.labels[:, 0]
+    trained = np.unique(parts[0].inter_feat["item_id"].numpy())
+    allowed = torch.from_numpy(np.sort(model._number_tokens(model.facts.item_number, trained)))
+    named = torch.isin(first, allowed)
+    assert named.any() and not named.all()  # A-7 is answered by yes or no
+    model.train()
+    logits = model.network.logits(*model.encode(batch), batch.labels)
+    among = logits[:, 0].gather(1, first[:, None])[:, 0] - logits[:, 0, allowed].logsumexp(-1)
+    words = per_token_loss(logits, batch.labels).sum(1) / (batch.labels != -100).sum(1)
+    expected = torch.where(named, -among / 2, words).mean()  # the end mark behind a number is certain
+    assert model.calculate_loss(batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_dropped_numbers_are_spare_ones_and_keep_picture_and_answer(tmp_path):

@@ -24,6 +24,7 @@ import torch
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor
+from torch.nn import functional as F
 
 from recbole_mm.errors import UserError
 from recbole_mm.model.bank import FeatureBank
@@ -144,7 +145,7 @@ class VIP5(SequentialRecommender):
         if config["collaborative_start"] and self.scratch:
             if not whole:
                 raise UserError("collaborative_start sets the embeddings of users' and items' numbers, so it needs number_tokens: whole and no tokenizer of your own.")  # fmt: skip
-            self._start_numbers(dataset, config["collaborative_start"])
+            self._start_numbers(dataset, config["collaborative_start"], config["collaborative_users"])
         # What the search never has to choose between is no negative of the softmax either: words, users, and items that training lacks,
         # of which nothing can be learned but that they are wrong. Only possible where a number is one piece of the model's own vocabulary.
         every = np.arange(1, self.n_items)
@@ -287,11 +288,14 @@ class VIP5(SequentialRecommender):
         return np.array([self.renderer.pieces.ids(str(numbers[i]))[0] for i in ids], dtype=np.int64)
 
     @torch.no_grad()
-    def _start_numbers(self, dataset, rank: int) -> None:
+    def _start_numbers(self, dataset, rank: int, with_users: bool) -> None:
         """Start the embeddings of users' and items' numbers from a factorisation of the training interactions, plus as much noise.
 
         Numbers drawn at random mean nothing, and a small network that must find out by its own loss which of them go together first
         learns how popular each is, then stays there for tens of thousands of steps. Items without training interaction stay random.
+
+        A user's vector holds the very item that a training sample asks for. With few interactions per user the network learns to read the
+        answer there, which does not help later; without `with_users` users' numbers start at zero.
         """
         users, items = (dataset.inter_feat[name].cpu().numpy() for name in (self.USER_ID, self.ITEM_ID))
         table = self.network.shared.weight
@@ -304,6 +308,8 @@ class VIP5(SequentialRecommender):
             start = vector[1:] @ turn[: vector.shape[1]] * table.shape[1] ** 0.5  # as long as a random row
             start = torch.from_numpy(start).to(table.dtype) + torch.randn(start.shape, generator=noise)
             table[self._number_tokens(numbers, rows)] = std * start
+        if not with_users:
+            table[self._number_tokens(self.facts.user_number, np.arange(1, self.n_users))] = 0.0
 
     # training
 
@@ -319,13 +325,19 @@ class VIP5(SequentialRecommender):
     def calculate_loss(self, batch: PromptBatch) -> Tensor:
         """Loss of a rendered batch; a scalar."""
         encoded, mask = self.encode(batch)
-        logits = self.network.logits(encoded, mask, batch.labels)
-        if self.training and bool(self.answers.any()):
-            allowed = self.answers[batch.tasks.clamp(max=1)]
-            first = batch.labels[:, :1]
-            rows = (batch.tasks < 2) & allowed.gather(1, first).squeeze(1)  # yes and no are words
-            logits = torch.cat([logits[:, :1].masked_fill((rows[:, None] & ~allowed)[:, None], -torch.inf), logits[:, 1:]], 1)
-        losses = per_token_loss(logits, batch.labels)
+        hidden, labels = self.network.decode(encoded, mask, batch.labels), batch.labels
+        if not (self.training and bool(self.answers.any())):
+            return training_loss(per_token_loss(self.network.head(hidden), labels), labels, self.loss_weighting)
+        losses = torch.zeros(labels.shape, device=labels.device)
+        others = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+        for task, allowed in enumerate(self.answers):
+            rows = ((batch.tasks == task) & allowed[labels[:, 0]]).nonzero()[:, 0]  # yes and no are words
+            others[rows] = False
+            # only the rows of the output layer that can be the answer; after a number the end mark is certain, so it costs nothing
+            tokens = allowed.nonzero()[:, 0]
+            logits = self.network.head(hidden[rows, 0], tokens).float()
+            losses[rows, 0] = F.cross_entropy(logits, torch.searchsorted(tokens, labels[rows, 0]), reduction="none")
+        losses[others] = per_token_loss(self.network.head(hidden[others]), labels[others])
         return training_loss(losses, batch.labels, self.loss_weighting)
 
     def encode(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:

@@ -237,16 +237,19 @@ class VIP5Network(T5ForConditionalGeneration):
         """Last hidden state of the encoder, [B, S, D]."""
         return self.encoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask).last_hidden_state
 
-    def logits(self, encoded: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Teacher-forced logits [B, T, vocabulary]; labels may hold -100."""
-        start = self.decoder(
+    def decode(self, encoded: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Teacher-forced decoder states [B, T, D]; labels may hold -100."""
+        return self.decoder(
             input_ids=self._shift_right(labels), encoder_hidden_states=encoded, encoder_attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
-        return self.head(start)
+
+    def logits(self, encoded: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Teacher-forced logits [B, T, vocabulary]; labels may hold -100."""
+        return self.head(self.decode(encoded, attention_mask, labels))
 
     def head(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits of decoder states [..., D] for all tokens, or for the tokens `rows` only."""
-        weight = self.lm_head.weight if rows is None else self.lm_head.weight[rows]
+        weight = self.lm_head.weight if rows is None else self.lm_head.weight.index_select(0, rows)
         return F.linear(hidden * self.settings.d_model**-0.5 if self.settings.scale_decoder_outputs else hidden, weight)
 
     def new_cache(self) -> EncoderDecoderCache:

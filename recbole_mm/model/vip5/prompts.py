@@ -56,12 +56,13 @@ class Prompt:
 
 
 def load_prompts(path: str | Path | None = None) -> dict[str, Prompt]:
-    """Prompt id -> template; the 29 published ones unless `path` names another file of the same form.
+    """Prompt id -> template; the 29 published ones unless `path` names another file of the same form, yours or one of properties/vip5.
 
     Raises:
         UserError: for a missing field, an unknown argument or a wrong number of arguments.
     """
-    path = Path(path) if path else properties_dir() / "vip5" / "prompts.yaml"
+    shipped = properties_dir() / "vip5" / (path or "prompts.yaml")
+    path = Path(path) if path and (Path(path).is_file() or not shipped.is_file()) else shipped
     entries = load_yaml(path).get("prompts") or []
     prompts = {}
     for entry in entries:
