@@ -5,7 +5,7 @@
 Frozen part: tiny-clip with random weights and after `finetune` on the shop's pairs from those weights, features of pictures (V), texts (T) and
 both (V&T), for VBPR and SLMRec. End-to-end part: a still smaller CLIP from random weights, frozen against trained with the recommender.
 Each seed draws the encoder's weights, the held-out pairs, the recommender's weights and its batches. Validation chooses the epoch.
-Cold items have no training interaction: only their features can rank them. 24 % of the test items are cold.
+Cold items have no training interaction: only their features can rank them. Half of the test items are cold.
 """
 
 import argparse
@@ -26,10 +26,7 @@ from recbole_mm.encoder.finetune import Finetuner
 from recbole_mm.files import write_json, write_text
 from recbole_mm.paths import bundled_dataset_dir
 
-MODELS = {
-    "VBPR": {},
-    "SLMRec": {"epochs": 60, "stopping_step": 8, "train_batch_size": 1024, "learning_rate": 0.003},
-}
+MODELS = ("VBPR", "SLMRec")  # with the settings of their property files for the shop
 MODALITIES = {"V&T": ["visual", "textual"], "V": ["visual"], "T": ["textual"]}
 SMALL = {
     "joint_width": 32, "width": 64, "layers": 2, "heads": 2, "patch_size": 16, "image_size": 64,
@@ -73,10 +70,10 @@ def frozen(base: dict, seed: int, keep) -> None:
     )
     encoders["pre-trained"] = {"feature_set": f"tuned-{seed}", "encoder": "tiny-clip"}
     extract(Config("BPR", config_dict={**common, "pretrained": weights, "feature_set": f"tuned-{seed}"}), progress=False)
-    for model, settings in MODELS.items():
+    for model in MODELS:
         for short, modalities in MODALITIES.items():
             for name, source in encoders.items():
-                values = measure(model, **base, **settings, **source, modalities=modalities, seed=seed)
+                values = measure(model, **base, **source, modalities=modalities, seed=seed)
                 keep("frozen", {"model": model, "modalities": short, "encoder": name, "seed": seed, **values})
 
 

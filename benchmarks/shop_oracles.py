@@ -16,17 +16,18 @@ from recbole_mm.data.synthetic import ATTRIBUTES, NOVELTY, TEXTUAL, VISUAL, WEIG
 from recbole_mm.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERYTHING = frozenset({"picture", "text", "order", "group", "own", "circle", "popularity", "novelty"})
+EVERYTHING = frozenset({"picture", "text", "order", "group", "own", "kind", "circle", "popularity", "novelty"})
 RANKINGS = {
     "all signals": EVERYTHING,
     "all but pictures": EVERYTHING - {"picture"},
     "all but texts": EVERYTHING - {"text"},
     "all but order": EVERYTHING - {"order"},
     "all but the user's own value": EVERYTHING - {"own"},
+    "all but the user's kinds": EVERYTHING - {"kind"},
     "all but the hidden circle": EVERYTHING - {"circle"},
-    "content only, both": frozenset({"picture", "text", "group", "own"}),
-    "content only, pictures": frozenset({"picture", "group", "own"}),
-    "content only, texts": frozenset({"text", "group", "own"}),
+    "content only, both": frozenset({"picture", "text", "group", "own", "kind"}),
+    "content only, pictures": frozenset({"picture", "group", "own", "kind"}),
+    "content only, texts": frozenset({"text", "group", "own", "kind"}),
     "order only, both": frozenset({"picture", "text", "group", "order"}),
     "groups shuffled among users": EVERYTHING | {"wrong group"},
     "popularity only": frozenset({"popularity"}),
@@ -82,6 +83,8 @@ def scores(truth: Truth, signals: frozenset, rng: np.random.Generator) -> np.nda
                 wheel[g, values] = np.roll(values, -1)
             following = wheel[group, a[everyone, truth.last_item]]
             total += seen[lead][:, None] * WEIGHTS["order"] * (a == following[:, None])
+    if "kind" in signals and {"picture", "text"} & signals:  # either shows it
+        total += WEIGHTS["kind"] * (truth.kind[None, None] == truth.user_kinds[..., None]).any(1)
     if "circle" in signals:
         total += WEIGHTS["circle"] * (truth.circle[None] == truth.user_circle[:, None])
     if "popularity" in signals:

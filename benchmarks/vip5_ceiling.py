@@ -3,7 +3,7 @@
     python benchmarks/vip5_ceiling.py              # writes benchmarks/quality/vip5_ceiling.md
 
 Every candidate of a list has a score from a factorisation of the training interactions, its popularity there, whether it is new (no training
-interaction), and how often the user took its true colour, pattern and shape (the naive Bayes log odds of the three). The weights of these are
+interaction), and how often the user took its true colour, pattern, shape and kind (the naive Bayes log odds of the four). The weights of these are
 fitted on the validation lists, which VIP5 is not, and measured on the same test lists as VIP5. It is no strict bound, but a reader of pictures
 that must learn to read them, and the users' tastes with it, has less to go by.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recbole_mm.config import Config
-from recbole_mm.data.synthetic import N_VALUES, NOVELTY, VISUAL
+from recbole_mm.data.synthetic import KINDS, N_VALUES, NOVELTY, VISUAL
 from recbole_mm.files import write_text
 from recbole_mm.model.vip5.dataset import factorise
 from recbole_mm.model.vip5.samples import candidate_lists
@@ -40,8 +40,10 @@ def signals(config: Config, train) -> dict[str, np.ndarray]:
     with np.load(Path(config["data_path"]) / "truth.npz", allow_pickle=False) as truth:
         row = {token: i for i, token in enumerate(truth["item_tokens"])}
         known = [row.get(token, -1) for token in train.field2id_token["item_id"]]
-        values = np.where(np.array(known)[:, None] >= 0, truth["attributes"][known][:, : len(VISUAL)], -1)
-    shown = np.concatenate([values[:, [c]] == np.arange(N_VALUES) for c in range(len(VISUAL))], 1).astype(float)  # [I, 18]
+        seen = np.concatenate([truth["attributes"][known][:, : len(VISUAL)], truth["kind"][known][:, None]], 1)
+    values = np.where(np.array(known)[:, None] >= 0, seen, -1)
+    sizes = [N_VALUES] * len(VISUAL) + [len(KINDS)]
+    shown = np.concatenate([values[:, [c]] == np.arange(n) for c, n in enumerate(sizes)], 1).astype(float)  # [I, 28]
     taken = np.zeros((n_users, shown.shape[1]))
     np.add.at(taken, users, shown[items])
     usual = count @ shown / count.sum()

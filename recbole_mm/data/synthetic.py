@@ -7,9 +7,12 @@ signal      what it is                                       who can see it
 ==========  ===============================================  =================================================================
 picture     ``colour``, ``pattern``, ``shape`` of an item    only its picture (64-pixel JPEG)
 text        ``material``, ``occasion``, ``brand``            only its title, description and brand column
+kind        what the thing is: ``cushion``, ``lamp`` ...     its picture (by the ground it is shown on) and its title
 hidden      ``circle`` and popularity                        nothing but the interactions
 group       each user's group looks at four of the six        the whole history of a user
-            attributes, two of each modality, one leading
+            attributes, two of each modality, one leading;
+            and buys four of the ten kinds, of which each
+            user likes two
 order       the lead value of the next item is the           only who reads the history in order
             successor, on the group's own wheel, of the
             last item's
@@ -22,12 +25,13 @@ word        a review names the item's value of the group's   group of the user a
 One choice of user u (group g) after item j is drawn from
 
 .. math:: P(i) \propto \mathrm{pop}_i \exp\bigl( w_f [a_g(i) \in F_g] + w_o [a_g(i) = \sigma_g(a_g(j))] + w_s [b_g(i) \in S_g]
-          + w_u [b_g(i) = s_u] + w_a \textstyle\sum_k [e_{gk}(i) \in T_{gk}] + w_c [c(i) = c_u] \bigr)
+          + w_u [b_g(i) = s_u] + w_a \textstyle\sum_k [e_{gk}(i) \in T_{gk}] + w_k [k(i) \in K_u] + w_c [c(i) = c_u] \bigr)
 
 over the items on sale that u does not own. :math:`a_g` is the group's lead attribute, :math:`F_g` its favourite values in the order of its
 wheel :math:`\sigma_g`, :math:`b_g` its second attribute with favourites :math:`S_g`, of which :math:`s_u` is the user's own,
-:math:`e_{g1}, e_{g2}` two more attributes with liked values, c the hidden circle. Pictures and texts of one item are weakly related (`STYLE`: each material tends to come in one colour and so on), as in any shop;
-otherwise a contrastive encoder would have nothing to learn from the pairs.
+:math:`e_{g1}, e_{g2}` two more attributes with liked values, k the kind with the user's kinds :math:`K_u`, c the hidden circle. Picture and
+text of one item are related, as in any shop: both show the kind, and each material tends to come in one colour and so on (`STYLE`).
+Otherwise a contrastive encoder would have nothing to learn from the pairs.
 
 All random numbers are uniform doubles of numpy's PCG64 (other distributions may change between numpy versions), and pictures are
 computed by arithmetic; Pillow only encodes. So tables and pixels follow from the seed; the bytes of a JPEG depend on the encoder's version.
@@ -45,7 +49,7 @@ import pandas as pd
 from recbole_mm.errors import UserError
 from recbole_mm.files import atomic_path, write_json
 
-VERSION = 2
+VERSION = 3
 
 VALUES = {
     "colour": ("red", "orange", "yellow", "green", "blue", "purple"),
@@ -78,11 +82,13 @@ OTHERS = np.array([[ATTRIBUTES.index(name) for name in names[2:]] for names in G
 N_FAVOURITES = 3  # liked values of lead and second attribute
 N_ALSO = 2  # liked values of each of the two others
 
-NOUNS = ("cushion", "lamp", "tray", "basket", "mug", "bag", "box", "clock", "bowl", "blanket")
+KINDS = ("cushion", "lamp", "tray", "basket", "mug", "bag", "box", "clock", "bowl", "blanket")
 CATEGORY = {
     "cushion": "Living", "lamp": "Living", "clock": "Living", "blanket": "Living", "tray": "Kitchen", "mug": "Kitchen",
     "bowl": "Kitchen", "basket": "Storage", "bag": "Storage", "box": "Storage",
 }  # fmt: skip
+N_KINDS_GROUP = 4  # kinds that a group buys
+N_KINDS_USER = 2  # kinds that a user likes, of the group's
 OPENERS = ("A fine", "A handy", "A simple", "A well made", "An honest", "A solid", "A light", "A neat")
 CLOSERS = (
     "Easy to clean .", "Ships in two days .", "Made in small series .", "Comes in a gift box .", "With two years of warranty .",
@@ -112,12 +118,14 @@ HEADLINES = {
 }
 
 # Strength of each signal: log odds of an item that has it against one that has not.
-WEIGHTS = {"favourite": 2.0, "order": 2.0, "second": 1.5, "own": 1.5, "also": 1.5, "circle": 0.7}
+WEIGHTS = {"favourite": 2.0, "order": 2.0, "second": 1.5, "own": 1.5, "also": 1.5, "kind": 2.5, "circle": 0.7}
 POPULARITY = 0.6  # log odds: half the span between the most and the least popular item
-STYLE = 0.4  # probability that a textual attribute repeats the index of its visual partner; else uniform
+STYLE = 0.7  # probability that a textual attribute repeats the index of its visual partner; else uniform
 COLD_SHARE = 0.15  # share of items that arrive last
 NOVELTY = 1.2  # log odds of a new arrival against an old item, in the last two interactions of a user
 START, SPAN, LATE = 1_704_067_200, 366 * 86_400, 0.9  # first second of 2024, its seconds, share of it before the new items arrive
+
+BLOCK = 8192  # users drawn for at once
 
 PICTURE_SIZE = 64
 HUES = {"red": 0.0, "orange": 28.0, "yellow": 55.0, "green": 125.0, "blue": 218.0, "purple": 285.0}  # degrees
@@ -132,6 +140,7 @@ class Shop:
     users: pd.DataFrame
     interactions: pd.DataFrame  # rows in random order: order of appearance must tell nothing
     attributes: np.ndarray  # [I, 6] value index of each attribute, columns as ATTRIBUTES
+    kind: np.ndarray  # [I] index in KINDS
     circle: np.ndarray  # [I]
     popularity: np.ndarray  # [I] weight, not log
     cold: np.ndarray  # [I] bool: arrives last
@@ -140,6 +149,7 @@ class Shop:
     seconds: np.ndarray  # [G, N_FAVOURITES] liked values of the second attribute
     also: np.ndarray  # [G, 2, N_ALSO] liked values of the group's two further attributes
     own: np.ndarray  # [U] the value of the second attribute that the user likes best
+    user_kinds: np.ndarray  # [U, N_KINDS_USER] the kinds each user likes
     user_circle: np.ndarray  # [U]
     user: np.ndarray = field(repr=False)  # [N] index of the user of each interaction, sorted by user, then time
     item: np.ndarray = field(repr=False)  # [N]
@@ -148,6 +158,11 @@ class Shop:
 def _pick(rng: np.random.Generator, n: int, size) -> np.ndarray:
     """Uniform integers 0 .. n-1 made of uniform doubles."""
     return (rng.random(size) * n).astype(np.int64)
+
+
+def _ranking(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """One random order of 0 .. n-1 per row."""
+    return np.argsort(rng.random(shape), axis=1, kind="stable")
 
 
 def _permutation(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -171,6 +186,7 @@ def make_shop(users: int = 1000, items: int = 1000, interactions: int = 20_000, 
         follows = rng.random(items) < STYLE
         column = ATTRIBUTES.index(attribute)
         attributes[:, column] = np.where(follows, attributes[:, ATTRIBUTES.index(partner)], attributes[:, column])
+    kind = _pick(rng, len(KINDS), items)
     circle = _pick(rng, N_CIRCLES, items)
     popularity = np.exp(POPULARITY * (rng.random(items) + rng.random(items) - 1))
     cold = np.zeros(items, bool)
@@ -181,13 +197,17 @@ def make_shop(users: int = 1000, items: int = 1000, interactions: int = 20_000, 
     seconds = np.stack([_permutation(rng, N_VALUES)[:N_FAVOURITES] for _ in GROUPS])
     also = np.stack([[_permutation(rng, N_VALUES)[:N_ALSO] for _ in range(2)] for _ in GROUPS])
     own = seconds[group, _pick(rng, N_FAVOURITES, users)]
+    group_kinds = _ranking(rng, (len(GROUPS), len(KINDS)))[:, :N_KINDS_GROUP]
+    user_kinds = np.take_along_axis(group_kinds[group], _ranking(rng, (users, N_KINDS_GROUP))[:, :N_KINDS_USER], axis=1)
     user_circle = _pick(rng, N_CIRCLES, users)
 
     # At least 5 interactions each (3 to train on), at most 3 times the mean; the mean is met up to rounding.
     extra = -np.log1p(-rng.random(users) * 0.95)
     length = np.floor(5 + extra * (mean - 5) / extra.mean() + rng.random(users)).astype(np.int64).clip(5, items // 3)
 
-    user, item = _draw_histories(rng, attributes, circle, popularity, cold, group, favourites, seconds, also, own, user_circle, length)
+    user, item = _draw_histories(
+        rng, attributes, kind, circle, popularity, cold, group, favourites, seconds, also, own, user_kinds, user_circle, length
+    )
     timestamp = _draw_times(rng, length)
     rating = _draw_ratings(rng, user, item, attributes, circle, group, favourites, seconds, own, user_circle)
 
@@ -200,34 +220,35 @@ def make_shop(users: int = 1000, items: int = 1000, interactions: int = 20_000, 
     shuffled = _permutation(rng, len(table))
     return Shop(
         seed=seed,
-        items=_describe_items(rng, item_tokens, attributes),
+        items=_describe_items(rng, item_tokens, attributes, kind),
         users=pd.DataFrame({"user_id": user_tokens, "name": names}),
         interactions=table.iloc[shuffled].reset_index(drop=True),
-        attributes=attributes, circle=circle, popularity=popularity, cold=cold, group=group, favourites=favourites, seconds=seconds,
-        also=also, own=own, user_circle=user_circle, user=user, item=item,
+        attributes=attributes, kind=kind, circle=circle, popularity=popularity, cold=cold, group=group, favourites=favourites,
+        seconds=seconds, also=also, own=own, user_kinds=user_kinds, user_circle=user_circle, user=user, item=item,
     )  # fmt: skip
 
 
 def _draw_histories(
-    rng, attributes, circle, popularity, cold, group, favourites, seconds, also, own, user_circle, length
+    rng, attributes, kind, circle, popularity, cold, group, favourites, seconds, also, own, user_kinds, user_circle, length
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (user, item) of every interaction, sorted by user, then step.
 
-    Within a group the utility of an item depends on the user only through its cell (lead value, second value, circle), so a step draws the cell of every user at once
-    and then an item within the cell by popularity, again if the user owns it: exactly the softmax over all items, at any size.
+    Within a group the utility of an item depends on the user only through its cell (lead value, second value, circle, kind), so a step draws
+    the cell of every user at once and then an item within the cell by popularity, again if the user owns it: exactly the softmax over all
+    items, at any size. `BLOCK` users at a time bound the memory.
     """
-    n_users, n_cells = len(group), N_VALUES * N_VALUES * N_CIRCLES
+    n_users, n_cells = len(group), N_VALUES * N_VALUES * N_CIRCLES * len(KINDS)
     first = np.concatenate([[0], np.cumsum(length)])
     bought = np.full(first[-1], -1, np.int64)
 
-    lead_value, second_value, cell_circle = np.unravel_index(np.arange(n_cells), (N_VALUES, N_VALUES, N_CIRCLES))
+    lead_value, second_value, cell_circle, cell_kind = np.unravel_index(np.arange(n_cells), (N_VALUES, N_VALUES, N_CIRCLES, len(KINDS)))
     for g in range(len(GROUPS)):
         members = np.flatnonzero(group == g)
         a, b = attributes[:, LEADS[g]], attributes[:, SECONDS[g]]
         liked = sum(np.isin(attributes[:, column], values).astype(float) for column, values in zip(OTHERS[g], also[g]))
         appeal = popularity * np.exp(WEIGHTS["also"] * liked)
         phases = (np.where(cold, 0.0, appeal), np.where(cold, appeal * np.exp(NOVELTY), appeal))
-        cell = (a * N_VALUES + b) * N_CIRCLES + circle
+        cell = ((a * N_VALUES + b) * N_CIRCLES + circle) * len(KINDS) + kind
         order = np.argsort(cell, kind="stable")
         start = np.searchsorted(cell[order], np.arange(n_cells + 1))
         running = [np.concatenate([[0.0], np.cumsum(weight[order])]) for weight in phases]
@@ -239,32 +260,34 @@ def _draw_histories(
 
         last = np.full(len(members), -1)
         for step in range(length[members].max()):
-            active = np.flatnonzero(length[members] > step)
-            who = members[active]
-            late = length[who] - step <= 2
-            utility = np.exp(
-                taste[None]
-                + WEIGHTS["order"] * ((last[active, None] >= 0) & (wheel[last[active]][:, None] == lead_value[None]))
-                + WEIGHTS["own"] * (own[who, None] == second_value[None])
-                + WEIGHTS["circle"] * (user_circle[who, None] == cell_circle[None])
-            )
-            weights = np.cumsum(utility * np.where(late[:, None], mass[1][None], mass[0][None]), axis=1)
-            chosen = np.full(len(active), -1, np.int64)
-            open_ = np.arange(len(active))
-            while len(open_):
-                drawn = (weights[open_] <= (rng.random(len(open_)) * weights[open_, -1])[:, None]).sum(1).clip(max=n_cells - 1)
-                r = rng.random(len(open_))
-                for phase in (0, 1):
-                    rows = np.flatnonzero(late[open_] == phase)
-                    target = running[phase][start[drawn[rows]]] + r[rows] * mass[phase][drawn[rows]]
-                    place = np.searchsorted(running[phase], target, side="right") - 1
-                    chosen[open_[rows]] = order[np.clip(place, start[drawn[rows]], start[drawn[rows] + 1] - 1)]
-                owned = np.zeros(len(open_), bool)
-                for back in range(step):
-                    owned |= bought[first[who[open_]] + back] == chosen[open_]
-                open_ = open_[owned]
-            bought[first[who] + step] = chosen
-            last[active] = a[chosen]
+            going = np.flatnonzero(length[members] > step)
+            for active in np.split(going, range(BLOCK, len(going), BLOCK)):
+                who = members[active]
+                late = length[who] - step <= 2
+                utility = np.exp(
+                    taste[None]
+                    + WEIGHTS["order"] * ((last[active, None] >= 0) & (wheel[last[active]][:, None] == lead_value[None]))
+                    + WEIGHTS["own"] * (own[who, None] == second_value[None])
+                    + WEIGHTS["circle"] * (user_circle[who, None] == cell_circle[None])
+                    + WEIGHTS["kind"] * (user_kinds[who][:, :, None] == cell_kind).any(1)
+                )
+                weights = np.cumsum(utility * np.where(late[:, None], mass[1][None], mass[0][None]), axis=1)
+                chosen = np.full(len(active), -1, np.int64)
+                open_ = np.arange(len(active))
+                while len(open_):
+                    drawn = (weights[open_] <= (rng.random(len(open_)) * weights[open_, -1])[:, None]).sum(1).clip(max=n_cells - 1)
+                    r = rng.random(len(open_))
+                    for phase in (0, 1):
+                        rows = np.flatnonzero(late[open_] == phase)
+                        target = running[phase][start[drawn[rows]]] + r[rows] * mass[phase][drawn[rows]]
+                        place = np.searchsorted(running[phase], target, side="right") - 1
+                        chosen[open_[rows]] = order[np.clip(place, start[drawn[rows]], start[drawn[rows] + 1] - 1)]
+                    owned = np.zeros(len(open_), bool)
+                    for back in range(step):
+                        owned |= bought[first[who[open_]] + back] == chosen[open_]
+                    open_ = open_[owned]
+                bought[first[who] + step] = chosen
+                last[active] = a[chosen]
     return np.repeat(np.arange(n_users), length), bought
 
 
@@ -309,11 +332,11 @@ def _add_reviews(rng, table, user, item, attributes, group) -> None:
     table["review"] = sentences[lead, value, rating - 1, variant[1]]
 
 
-def _describe_items(rng, tokens, attributes) -> pd.DataFrame:
-    """Titles name brand and noun; material and occasion stand in the description. The noun tells nothing about taste."""
+def _describe_items(rng, tokens, attributes, kind) -> pd.DataFrame:
+    """Titles name brand and kind; material and occasion stand in the description."""
     n = len(tokens)
     material, occasion, brand = (np.array(VALUES[a])[attributes[:, ATTRIBUTES.index(a)]] for a in TEXTUAL)
-    noun = np.array(NOUNS)[_pick(rng, len(NOUNS), n)]
+    noun = np.array(KINDS)[kind]
     number = 100 + _pick(rng, 900, n)
     opener, closer = np.array(OPENERS)[_pick(rng, len(OPENERS), n)], np.array(CLOSERS)[_pick(rng, len(CLOSERS), n)]
     title = [f"{b} {x} {k}" for b, x, k in zip(brand, noun, number)]
@@ -329,8 +352,9 @@ def _describe_items(rng, tokens, attributes) -> pd.DataFrame:
     )
 
 
-def draw_pictures(attributes: np.ndarray, seed: int, size: int = PICTURE_SIZE) -> np.ndarray:
-    """Pictures [n, size, size, 3] uint8 of items with these attributes: one object in its colour, pattern and shape on a pale ground.
+def draw_pictures(attributes: np.ndarray, kind: np.ndarray, seed: int, size: int = PICTURE_SIZE) -> np.ndarray:
+    """Pictures [n, size, size, 3] uint8 of items with these attributes and kinds: one object in its colour, pattern and shape on the pale
+    ground of its kind.
 
     Place, size, turn, shade and noise vary from item to item. Each picture depends on the seed and its row number only.
     """
@@ -351,6 +375,8 @@ def draw_pictures(attributes: np.ndarray, seed: int, size: int = PICTURE_SIZE) -
 
         base = _rgb(HUES[colour] + 12 * (u[5] - 0.5), 0.75 + 0.2 * u[6], 0.78 + 0.17 * u[7])
         ground = 0.86 + 0.1 * u[8] + 0.06 * np.array([u[9], u[10], u[11]]) - 0.03
+        texture, tone = _setting(int(kind[row]), x, y, u[4])
+        ground = np.where(texture[..., None], tone * ground, ground)
         image = np.where(inside[..., None], np.where(dark[..., None], 0.35 * base, base), ground)
         image = image.reshape(size, 2, size, 2, 3).mean((1, 3))
         image += 0.03 * (grain.random((size, size, 1)) - 0.5)
@@ -395,6 +421,16 @@ def _ink(pattern: str, x: np.ndarray, y: np.ndarray, phase: float) -> np.ndarray
     return np.hypot(cx, cy) < 0.3 * width  # dotted
 
 
+def _setting(kind: int, x: np.ndarray, y: np.ndarray, phase: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ground on which things of this kind are shown: where its boards, laths, tiles, weave or dots are, and their tone."""
+    width = 0.25
+    across, along = ((x / width + phase) % 1) < 0.4, ((y / width + phase) % 1) < 0.4
+    weave = (((x + y) * 0.7071 / width + phase) % 1) < 0.4
+    dots = np.hypot((x / width + phase) % 1 - 0.5, (y / width + phase) % 1 - 0.5) < 0.36
+    texture = (along, across, along | across, weave, dots)[kind % 5]
+    return texture, _rgb(360 / len(KINDS) * kind, 0.35, 0.85)
+
+
 def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
     """HSV (hue in degrees) to RGB in 0 .. 1."""
     k = (np.array([5.0, 3.0, 1.0]) + hue / 60) % 6
@@ -412,10 +448,10 @@ def planted_features(shop: Shop, width: int = 128) -> dict[str, np.ndarray]:
     tables = {}
     for modality, names in (("textual", TEXTUAL), ("visual", VISUAL)):
         mixing = normal(len(names), N_VALUES, width)
-        table = 0.7 * normal(len(shop.attributes), width)
+        table = 0.7 * normal(len(shop.attributes), width) + normal(len(KINDS), width)[shop.kind]
         for k, name in enumerate(names):
             table += mixing[k, shop.attributes[:, ATTRIBUTES.index(name)]]
-        tables[modality] = (table / np.float32(len(names) ** 0.5)).astype(np.float16)
+        tables[modality] = (table / np.float32((len(names) + 1) ** 0.5)).astype(np.float16)
     return tables
 
 
@@ -443,6 +479,8 @@ def write_shop(shop: Shop, folder: Path, name: str | None = None, pictures: bool
             attribute_names=np.array(ATTRIBUTES),
             value_names=np.array([VALUES[a] for a in ATTRIBUTES]),
             attributes=shop.attributes.astype(np.int8),
+            kind_names=np.array(KINDS),
+            kind=shop.kind.astype(np.int8),
             circle=shop.circle.astype(np.int8),
             popularity=shop.popularity.astype(np.float32),
             cold=shop.cold,
@@ -454,13 +492,14 @@ def write_shop(shop: Shop, folder: Path, name: str | None = None, pictures: bool
             favourites=shop.favourites.astype(np.int8),
             seconds=shop.seconds.astype(np.int8),
             own=shop.own.astype(np.int8),
+            user_kinds=shop.user_kinds.astype(np.int8),
             user_circle=shop.user_circle.astype(np.int8),
         )
     if pictures:
         from PIL import Image
 
         (folder / "images").mkdir(exist_ok=True)
-        for token, pixels in zip(shop.items["item_id"], draw_pictures(shop.attributes, shop.seed)):
+        for token, pixels in zip(shop.items["item_id"], draw_pictures(shop.attributes, shop.kind, shop.seed)):
             with atomic_path(folder / "images" / f"{token}.jpg") as path:
                 Image.fromarray(pixels).save(path, quality=80)
     else:

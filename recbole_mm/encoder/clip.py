@@ -107,6 +107,31 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1)
 
 
+def reads_class_token_only(visual: nn.Module) -> bool:
+    """Whether the feature of open_clip's picture tower comes from the class token alone: a plain transformer, no average, no attention pooling."""
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+    if type(visual) is not VisionTransformer or visual.attn_pool is not None or visual.pool_type != "tok" or visual.output_tokens:
+        return False
+    blocks = visual.transformer.resblocks
+    return visual.transformer.batch_first and len(blocks) > 0 and type(blocks[-1]) is ResidualAttentionBlock
+
+
+def class_token(visual: nn.Module, images: Tensor) -> Tensor:
+    """The class token [B, 1, F] after the last block, which is computed for this token only.
+
+    The last block's keys and values need all patches, but its queries, output projection and MLP only the one row that is read: the same
+    value as open_clip's own forward, for some 7 % fewer multiplications with 12 blocks.
+    """
+    *lower, last = visual.transformer.resblocks
+    tokens = visual._embeds(images)
+    for block in lower:
+        tokens = block(tokens)
+    normed = last.ln_1(tokens)
+    token = tokens[:, :1] + last.ls_1(last.attention(normed[:, :1], normed, normed))
+    return token + last.ls_2(last.mlp(last.ln_2(token)))
+
+
 class OpenClipNetwork(nn.Module):
     """A model of open_clip behind the few calls that the encoder needs."""
 
@@ -226,6 +251,14 @@ class OpenClipNetwork(nn.Module):
 
     def image(self, images: Tensor, feature: str) -> Tensor:
         visual = self.model.visual
+        if not torch.is_grad_enabled() and reads_class_token_only(visual):
+            token = class_token(visual, images)
+            if feature == "raw":
+                return token[:, 0]
+            pooled = visual._pool(token)[0]
+            if feature == "cls":
+                return pooled
+            return unit(pooled if visual.proj is None else pooled @ visual.proj)
         if feature == "projected":
             return unit(self.model.encode_image(images))
         tokens = visual.transformer(visual._embeds(images))

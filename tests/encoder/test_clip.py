@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image
 
-from recbole_mm.encoder import weights
+from recbole_mm.encoder import clip, weights
 from recbole_mm.encoder.clip import CLIPEncoder, build_sizes, trim
 from recbole_mm.errors import UserError
 
@@ -82,6 +82,52 @@ def test_class_token_features_equal_open_clip_without_projections(pictures):
         torch.testing.assert_close(got["visual"], model.encode_image(images), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(got["textual"], model.encode_text(ids), rtol=1e-5, atol=1e-5)
     assert encoder.feature_dims == {"textual": 16, "visual": 32}
+
+
+@pytest.mark.parametrize("more", [{}, {"ls_init_value": 0.5}, {"final_ln_after_pool": True}, {"no_ln_pre": True}])
+@pytest.mark.parametrize("feature", ["projected", "cls", "raw"])
+def test_last_block_for_the_class_token_only(feature, more):
+    """Without gradients the last block sees one query; the features are those of the whole forward, which runs with gradients."""
+    torch.manual_seed(0)
+    encoder = build(feature=feature)
+    if more:
+        config = build_sizes(SIZES, None)
+        config["vision_cfg"].update(more)
+        encoder.network.model = open_clip.CLIP(**config).eval()
+    last, rows = encoder.network.model.visual.transformer.resblocks[-1], []
+    last.mlp.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    images = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        short = encoder.encode(images)["visual"]
+    whole = encoder.encode(images)["visual"]
+    assert rows == [1, 17] and whole.requires_grad and not short.requires_grad
+    torch.testing.assert_close(short, whole, rtol=1e-5, atol=1e-6)
+    if feature == "projected":
+        torch.testing.assert_close(short, encoder.network.model.encode_image(images, normalize=True), rtol=1e-5, atol=1e-6)
+    encoder.bfloat16()
+    with torch.inference_mode():
+        assert torch.nn.functional.cosine_similarity(encoder.encode(images)["visual"].float(), whole).min() > 0.999
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        {"pool_type": "avg"},
+        {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2},
+        {"block_type": "custom"},
+        {"layers": [1, 1, 1, 1], "width": 16, "patch_size": None},  # the ResNet of CLIP
+    ],
+)
+def test_other_picture_towers_run_whole(monkeypatch, tower):
+    """Averages, attention pooling, blocks of another kind and convolutions need every row: open_clip's own forward."""
+    monkeypatch.setattr(clip, "class_token", lambda *_: pytest.fail("a shortcut for plain transformers only"))
+    torch.manual_seed(0)
+    encoder, config = build(), build_sizes(SIZES, None)
+    config["vision_cfg"].update(tower)
+    encoder.network.model = open_clip.CLIP(**config).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode(images)["visual"], encoder.network.model.encode_image(images, normalize=True))
 
 
 def test_raw_features_are_those_before_the_final_norm(pictures):

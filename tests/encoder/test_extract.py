@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import recbole_mm.encoder.extract as module
 from recbole_mm import cli, run
 from recbole_mm.config import Config
 from recbole_mm.data.features import load_feature_set
-from recbole_mm.encoder.extract import extract, fast_bf16
+from recbole_mm.encoder.extract import batch_size, extract, fast_bf16
 from recbole_mm.errors import UserError
 from recbole_mm.paths import bundled_dataset_dir
 
@@ -265,3 +266,9 @@ def test_tokens_that_cannot_be_written_are_refused_before_the_work(shop):
         file.write(" x \tmug\n")
     with pytest.raises(UserError, match="item token ' x '"):
         extract(config(), progress=False)
+
+
+def test_batch_size_suits_modality_and_device():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [batch_size(None, m, cpu) for m in ("visual", "joint", "textual")] == [16, 16, 32]
+    assert batch_size(None, "visual", gpu) == 256 and batch_size(7, "textual", cpu) == 7
