@@ -2,7 +2,7 @@
 
     python benchmarks/quality_vip5.py --seeds=1,2,3                        # shop: train what is not there yet, then write the table
     python benchmarks/quality_vip5.py --sasrec --seeds=1,2,3               # RecBole's SASRec on the shop, same split, history not masked
-    python benchmarks/quality_vip5.py --dataset=amazon-beauty --seeds=1    # an hour and more on one core; --data says where it lies
+    python benchmarks/quality_vip5.py --dataset=amazon-beauty --seeds=1    # 45 minutes on one core; --data says where it lies
     python benchmarks/quality_vip5.py --table                              # only the table, from what is there
 
 One raw file per run in benchmarks/quality/vip5/, the table in benchmarks/quality/vip5.md. Beside VIP5: RecBole's Pop and SASRec, and drawing
@@ -161,7 +161,8 @@ def beauty_table() -> list[str]:
     lines.append(row_of("VIP5, text only" + (f", {len(runs)} seeds" if len(runs) > 1 else ""), [r["test"] for r in runs], metrics))
     curve = "; ".join(", ".join(f"{epoch + 1}: {values['sequential/hit@10']:.4f}" for epoch, _, values in r["valid"]) for r in runs)
     lines += ["", f"Validation sequential HR@10 after so many epochs: {curve}.", ""]
-    return lines
+    notes = OUT / "vip5.amazon-beauty.notes.md"
+    return [*lines, notes.read_text(encoding="utf-8").rstrip()] if notes.is_file() else lines
 
 
 def table(epochs: int) -> str:
