@@ -45,7 +45,7 @@ COMMON = {
 _SHOP = load_yaml(properties_dir() / "model" / "PerPEFTSASRec.yaml")["per_dataset"]["shop"]
 _TRAINING = (
     "l2_emb", "standardise_features", "weight_scalar", "MAX_ITEM_LIST_LENGTH", "hidden_dropout_prob", "attn_dropout_prob", "train_batch_size",
-    "learning_rate", "epochs", "global_epochs",
+    "learning_rate", "epochs", "global_epochs", "hidden_size", "iisan_hidden",
 )  # fmt: skip
 SHIPPED = {**{key: _SHOP[key] for key in _TRAINING}, "eval_step": 4}
 VARIANTS = {
