@@ -1,6 +1,6 @@
 """What an encoder is worth to a recommender on the bundled shop: random weights, pre-trained by finetune, trained end to end.
 
-    python benchmarks/quality_encoders.py [--seeds 3] [--part frozen|end2end|all] [--out benchmarks/quality/encoders.json]
+    python benchmarks/quality_encoders.py [--seeds 1 2 3] [--models VBPR SLMRec] [--part frozen|end2end|all] [--out benchmarks/quality/encoders.json]
 
 Frozen part: tiny-clip with random weights and after `finetune` on the shop's pairs from those weights, features of pictures (V), texts (T) and
 both (V&T), for VBPR and SLMRec. End-to-end part: a still smaller CLIP from random weights, frozen against trained with the recommender.
@@ -34,7 +34,7 @@ SMALL = {
 }  # fmt: skip
 END2END = {  # large batches: a step encodes each distinct item of its batch
     "VBPR": {"train_batch_size": 2048, "learning_rate": 0.01, "epochs": 14, "stopping_step": 14},
-    "SLMRec": {"train_batch_size": 2048, "learning_rate": 0.005, "epochs": 10, "stopping_step": 10},
+    "SLMRec": {"train_batch_size": 1024, "learning_rate": 0.003, "epochs": 20, "stopping_step": 20},
 }
 ENCODER_RATE = 0.001
 NOTES = Path(__file__).parent / "quality" / "encoders.notes.md"
@@ -56,7 +56,7 @@ def measure(model: str, **settings) -> dict:
     }
 
 
-def frozen(base: dict, seed: int, keep) -> None:
+def frozen(base: dict, seed: int, models: list[str], keep) -> None:
     encoders = {}
     common = {**base, "dataset": "shop", "encoder": "tiny-clip", "seed": seed}
     encoders["random"] = {"feature_set": f"random-{seed}", "encoder": "tiny-clip"}
@@ -70,17 +70,18 @@ def frozen(base: dict, seed: int, keep) -> None:
     )
     encoders["pre-trained"] = {"feature_set": f"tuned-{seed}", "encoder": "tiny-clip"}
     extract(Config("BPR", config_dict={**common, "pretrained": weights, "feature_set": f"tuned-{seed}"}), progress=False)
-    for model in MODELS:
+    for model in models:
         for short, modalities in MODALITIES.items():
             for name, source in encoders.items():
                 values = measure(model, **base, **source, modalities=modalities, seed=seed)
                 keep("frozen", {"model": model, "modalities": short, "encoder": name, "seed": seed, **values})
 
 
-def end2end(base: dict, seed: int, keep) -> None:
+def end2end(base: dict, seed: int, models: list[str], keep) -> None:
     common = {**base, "encoder": "tiny-clip", "encoder_sizes": SMALL, "modalities": ["visual", "textual"], "seed": seed}
     extract(Config("BPR", config_dict={**common, "dataset": "shop", "feature_set": f"small-{seed}"}), progress=False)
-    for model, settings in END2END.items():
+    for model in models:
+        settings = END2END[model]
         values = measure(model, **common, **settings, feature_set=f"small-{seed}")
         keep("end2end", {"model": model, "training": "frozen random", "seed": seed, **values})
         learned = {"encoder_training": "end2end", "encoder_learning_rate": ENCODER_RATE, "encoder_micro_batch": 256}
@@ -136,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--part", choices=["frozen", "end2end", "all"], default="all")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "quality" / "encoders.json")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -156,9 +158,9 @@ def main() -> None:
         base = {"data_path": str(Path(folder) / "data"), "checkpoint_dir": str(Path(folder) / "saved"), "use_gpu": False}
         for seed in args.seeds:
             if args.part in ("frozen", "all"):
-                frozen(base, seed, keep)
+                frozen(base, seed, args.models, keep)
             if args.part in ("end2end", "all"):
-                end2end(base, seed, keep)
+                end2end(base, seed, args.models, keep)
 
 
 if __name__ == "__main__":
