@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.error import URLError
 
 from recbole_mm import launch
 from recbole_mm.errors import UserError, nearest, out_of_memory
@@ -182,6 +183,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not launch.under_launcher():
             print("\nrecbole-mm: interrupted; `--resume=<run directory>` continues a training run.", file=sys.stderr)
         return 130
+    except URLError as error:
+        if debug:
+            traceback.print_exc()
+        return _say(
+            f"Nothing could be downloaded ({error.reason}). RecBole fetches a dataset it knows by name when data_path has no folder of that name: "
+            "check --dataset and --data_path, or the network."
+        )
     except OSError as error:
         if debug:
             traceback.print_exc()

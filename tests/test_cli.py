@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from urllib.error import URLError
 
 import pandas as pd
 import pytest
@@ -129,3 +130,12 @@ def test_recommend_prints_when_no_file_is_named(words, capsys):
     Path("users.txt").write_text("u3\nu4\n", encoding="utf-8")
     assert cli.main(["recommend", "--run=saved/r", "--users=users.txt", "--topk=1"]) == 0
     assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["user", "u3", "u4"]
+
+
+def test_a_download_without_network_says_what_was_wanted(monkeypatch, capsys):
+    def offline(arguments):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("recbole_mm.cli._dispatch", offline)
+    assert cli.main(["--dataset=amazon-beauty"]) == 2
+    assert "could be downloaded (Name or service not known)" in (err := capsys.readouterr().err) and "--data_path" in err

@@ -243,16 +243,22 @@ class Search:
 
     def _drop_losers(self, trial: optuna.Trial, score: float) -> None:
         """Keep the weights of the best trial only."""
-        try:
-            best = self.study.best_trial
-        except ValueError:
+        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if not done:
             return
-        better = score > best.value if self.bigger else score < best.value
+        best = self._winner(done)
+        sign = -1 if self.bigger else 1
+        better = (sign * score, *_order(trial)) < (sign * best.value, *_order(best))
         loser = best.user_attrs.get("run_dir") if better else trial.user_attrs["run_dir"]
         if loser:
             Path(loser, "best.pt").unlink(missing_ok=True)
 
     # the result
+
+    def _winner(self, done: list[optuna.trial.FrozenTrial]) -> optuna.trial.FrozenTrial:
+        """The best finished trial; of equal ones the defaults, then the first point of the grid, whatever a killed process had to do again."""
+        sign = -1 if self.bigger else 1
+        return min(done, key=lambda t: (sign * t.value, *_order(t)))
 
     def finish(self) -> dict[str, Any]:
         """Write best.yaml, trials.csv and result.json; test the winner, once.
@@ -270,7 +276,7 @@ class Search:
             raise UserError(
                 f"No trial of {self.model} on {self.dataset} finished. {len(trials)} failed{', first: ' + reasons[0] if reasons else ''}."
             )
-        best = self.study.best_trial
+        best = self._winner(done)
         values = json.loads(best.user_attrs["settings"])
         run_dir = Path(best.user_attrs["run_dir"])
         file = run_dir / "result.json"
@@ -312,6 +318,12 @@ def _wait_until_filled(study: optuna.Study) -> bool:
 def _place(trial) -> tuple[str | None, int | None]:
     """What an enqueued trial stands for: the defaults, or a point of the grid."""
     return trial.user_attrs.get("kind"), trial.user_attrs.get("point")
+
+
+def _order(trial) -> tuple[int, int]:
+    """Rank among trials of equal value; the number of an enqueued trial says when it ran, which depends on what was killed."""
+    kind, point = _place(trial)
+    return (0, 0) if kind == "defaults" else (1, point) if kind == "grid" else (2, trial.number)
 
 
 def _repeats(trials) -> set[int]:

@@ -55,6 +55,25 @@ def test_grid_runs_every_point_once_after_the_defaults(tastes):
     assert result["test"] == {k: pytest.approx(v) for k, v in again["record"]["test"].items()}
 
 
+@pytest.mark.parametrize("bigger", [True, False])
+def test_of_equal_trials_the_winner_does_not_depend_on_when_they_ran(tastes, bigger):
+    """A killed trial runs again under a later number; the winner must not change with it."""
+    s = search(tastes, strategy="grid")
+    s.bigger = bigger
+
+    def trial(value, number, **attrs):
+        made = optuna.trial.create_trial(value=value, user_attrs=attrs)
+        made.number = number
+        return made
+
+    good, bad = (2.0, 1.0) if bigger else (1.0, 2.0)
+    first, second = trial(good, 9, kind="grid", point=0), trial(good, 3, kind="grid", point=1)
+    assert s._winner([second, first, trial(bad, 0, kind="defaults")]) is first
+    defaults = trial(good, 11, kind="defaults")
+    assert s._winner([second, first, defaults]) is defaults
+    assert s._winner([trial(good, 7), early := trial(good, 5)]) is early
+
+
 def test_trials_know_no_test_values(tastes):
     s = search(tastes, strategy="random", trials=3)
     s.work()
