@@ -46,20 +46,16 @@ SASREC = {"hidden_size": 64, "loss_type": "CE", "train_neg_sample_args": None, "
 DATA = os.environ.get("RECBOLE_MM_DATA", str(Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
 
 
-def where(dataset: str, data: str) -> dict[str, str]:
-    """The setting that says where the data lie; the shop needs none."""
-    return {} if dataset == "shop" else {"data_path": data}
-
-
-def train(file: Path, model: str, dataset: str, settings: dict, place: dict, **more) -> None:
-    """Train one run and write its raw file; nothing where the file is there."""
+def train(file: Path, model: str, dataset: str, settings: dict, place: dict) -> None:
+    """Train one run and write its raw file, its baselines with it where the data lie elsewhere; nothing where the file is there."""
     if file.is_file():
         return
     begin, cpu = time.time(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         fixed = {"use_gpu": False, "show_progress": False, "tensorboard": False, "checkpoint_dir": folder, **place}
         record = run(model, dataset, config_dict={**settings, **fixed})["record"]
-    write_json(file, {**raw(record, settings, time.time() - begin, time.process_time() - cpu), **more})
+    kept = raw(record, settings, time.time() - begin, time.process_time() - cpu)
+    write_json(file, {**kept, "baselines": baselines(dataset, place)} if place else kept)
 
 
 def raw(record: dict, settings: dict, seconds: float, cpu: float) -> dict:
@@ -87,9 +83,7 @@ def one(seed: int, visual: int, epochs: int) -> None:
 
 def beauty(seed: int, data: str) -> None:
     """One run of VIP5 on amazon-beauty with what a user gets there; its baselines are kept beside it, so that the table needs no data."""
-    place = where("amazon-beauty", data)
-    file = OUT / "vip5" / f"amazon-beauty-seed{seed}.json"
-    train(file, "VIP5", "amazon-beauty", {**SETTINGS, "seed": seed}, place, baselines=baselines("amazon-beauty", place))
+    train(OUT / "vip5" / f"amazon-beauty-seed{seed}.json", "VIP5", "amazon-beauty", {**SETTINGS, "seed": seed}, {"data_path": data})
 
 
 def baselines(dataset: str = "shop", place: dict | None = None) -> dict[str, dict[str, float]]:

@@ -247,8 +247,7 @@ class Search:
         if not done:
             return
         best = self._winner(done)
-        sign = -1 if self.bigger else 1
-        better = (sign * score, *_order(trial)) < (sign * best.value, *_order(best))
+        better = self._rank(trial, score) < self._rank(best, best.value)
         loser = best.user_attrs.get("run_dir") if better else trial.user_attrs["run_dir"]
         if loser:
             Path(loser, "best.pt").unlink(missing_ok=True)
@@ -257,8 +256,10 @@ class Search:
 
     def _winner(self, done: list[optuna.trial.FrozenTrial]) -> optuna.trial.FrozenTrial:
         """The best finished trial; of equal ones the defaults, then the first point of the grid, whatever a killed process had to do again."""
-        sign = -1 if self.bigger else 1
-        return min(done, key=lambda t: (sign * t.value, *_order(t)))
+        return min(done, key=lambda t: self._rank(t, t.value))
+
+    def _rank(self, trial, value: float) -> tuple[float, int, int]:
+        return (-value if self.bigger else value, *_order(trial))
 
     def finish(self) -> dict[str, Any]:
         """Write best.yaml, trials.csv and result.json; test the winner, once.
