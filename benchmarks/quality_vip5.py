@@ -30,7 +30,7 @@ from recbole_mm.quick_start import create_dataset, run
 
 OUT = Path(__file__).resolve().parent / "quality"
 SETTINGS = {"stopping_step": 100}  # beside those of properties/model/VIP5.yaml for the shop
-TEXT_ONLY = {"number_dropout": 0.0}  # without pictures an item without a number is nothing at all
+TEXT_ONLY = {"shuffled_numbers": 0.0}  # without pictures an item without its number is nothing at all
 SHOWN = (
     "sequential/ndcg@10",
     "sequential/hit@10",

@@ -23,7 +23,7 @@ from recbole_mm.quick_start import load_model, run
 
 COMMON = {
     "tasks": ["sequential"], "train_prompts": ["A-3"], "eval_prompts": ["A-3"], "valid_metric": "sequential/NDCG@10", "visual_tokens": 0,
-    "number_dropout": 0.0, "seed": 1, "use_gpu": False, "show_progress": False, "tensorboard": False, "state": "ERROR",
+    "shuffled_numbers": 0.0, "choice_softmax": "items", "matching_start": 0, "collaborative_start": 8, "seed": 1, "use_gpu": False, "show_progress": False, "tensorboard": False, "state": "ERROR",
 }  # fmt: skip
 NUMBERS = {
     "whole": {},

@@ -52,6 +52,7 @@ from recbole_mm.model.vip5.samples import (
     sequential_sample,
 )
 from recbole_mm.model.vip5.search import NORMALISE, Trie, beam_search, score_items
+from recbole_mm.model.vip5.start import start_matching, start_numbers
 from recbole_mm.model.vip5.tokenizer import Pieces, load_tokenizer, train_tokenizer
 
 #: prompts the paper evaluates with, in its order
@@ -142,23 +143,26 @@ class VIP5(SequentialRecommender):
         self.max_explanation = 20 if self.published else config["gen_max_length"]
         train_items = np.unique(dataset.inter_feat[self.ITEM_ID].cpu().numpy())
         whole = self.scratch and own_tokenizer and config["number_tokens"] == "whole"
-        if config["collaborative_start"] and self.scratch:
-            if not whole:
-                raise UserError("collaborative_start sets the embeddings of users' and items' numbers, so it needs number_tokens: whole and no tokenizer of your own.")  # fmt: skip
-            self._start_numbers(dataset, config["collaborative_start"], config["collaborative_users"])
+        for key in ("collaborative_start", "matching_start"):
+            if config[key] and self.scratch:
+                if not whole:
+                    raise UserError(f"{key} sets the embeddings of users' and items' numbers, so it needs number_tokens: whole and no tokenizer of your own.")  # fmt: skip
+                self._start(dataset, config)
+                break
         # What the search never has to choose between is no negative of the softmax either: words, users, and items that training lacks,
         # of which nothing can be learned but that they are wrong. Only possible where a number is one piece of the model's own vocabulary.
         every = np.arange(1, self.n_items)
         known = train_items if config["negative_items"] == "train" else every
-        spare = np.setdiff1d(every, train_items)
         restricted = whole and not self.published and config["search_scores"] == "trie"
+        for key in ("shuffled_numbers", "choice_softmax"):
+            if config[key] not in (0.0, "items") and not restricted:
+                raise UserError(f"{key}: {config[key]} needs a tokenizer trained on the dataset, number_tokens: whole and search_scores: trie.")
         answers = torch.zeros(2, self.pieces.size, dtype=torch.bool)  # of the sequential and the direct task; empty: no restriction
         if restricted:
             answers[:, self._number_tokens(self.facts.item_number, known)] = True
-            if config["number_dropout"]:
-                answers[1, self._number_tokens(self.facts.item_number, spare)] = True
-        elif config["number_dropout"]:
-            raise UserError("number_dropout needs a tokenizer trained on the dataset, number_tokens: whole and search_scores: trie.")
+            if config["shuffled_numbers"]:
+                answers[1, self._number_tokens(self.facts.item_number, every)] = True
+        self.among_listed = config["choice_softmax"] == "list"
         self.register_buffer("answers", answers, persistent=False)
         self.negative_pool = train_items if config["negative_items"] == "train" else np.arange(1, self.n_items)
         self.sampling = SamplingSettings(
@@ -167,8 +171,8 @@ class VIP5(SequentialRecommender):
             direct=config["direct_samples"],
             explanation=config["explanation_samples"],
             candidates=config["train_candidates"] or config["candidates"],
-            number_dropout=config["number_dropout"],
-            spare=spare if len(spare) else None,
+            shuffled_numbers=config["shuffled_numbers"],
+            n_items=self.n_items,
             published=self.published,
             max_history=self.max_seq_length,
             batch_size=config["train_batch_size"],
@@ -187,9 +191,12 @@ class VIP5(SequentialRecommender):
             ("loss_weighting", ("sample", "token", "published")),
             ("search_scores", NORMALISE),
             ("explanation_split", ("leave_one_out", "random")),
+            ("choice_softmax", ("items", "list")),
         ):
             if config[key] not in allowed:
                 raise UserError(f"{key}: expected one of {', '.join(map(str, allowed))}, got {config[key]!r}.")
+        if not isinstance(config["shuffled_numbers"], (int, float)) or not 0 <= config["shuffled_numbers"] <= 1:
+            raise UserError(f"shuffled_numbers: expected a share from 0 to 1, got {config['shuffled_numbers']!r}.")
         if max(config["topk"]) > config["beams"]:
             raise UserError(
                 f"topk: {max(config['topk'])} places cannot be filled by a search with {config['beams']} beams. Raise beams or lower topk."
@@ -288,28 +295,22 @@ class VIP5(SequentialRecommender):
         return np.array([self.renderer.pieces.ids(str(numbers[i]))[0] for i in ids], dtype=np.int64)
 
     @torch.no_grad()
-    def _start_numbers(self, dataset, rank: int, with_users: bool) -> None:
-        """Start the embeddings of users' and items' numbers from a factorisation of the training interactions, plus as much noise.
-
-        Numbers drawn at random mean nothing, and a small network that must find out by its own loss which of them go together first
-        learns how popular each is, then stays there for tens of thousands of steps. Items without training interaction stay random.
+    def _start(self, dataset, config) -> None:
+        """Start from a factorisation of the training interactions; see `start`.
 
         A user's vector holds the very item that a training sample asks for. With few interactions per user the network learns to read the
-        answer there, which does not help later; without `with_users` users' numbers start at zero.
+        answer there, which does not help later; without ``collaborative_users`` users' numbers start at zero.
         """
         users, items = (dataset.inter_feat[name].cpu().numpy() for name in (self.USER_ID, self.ITEM_ID))
-        table = self.network.shared.weight
-        noise = torch.Generator().manual_seed(self.seed)
-        vectors = factorise(users, items, self.n_users, self.n_items, min(rank, table.shape[1]), self.seed)
-        turn = np.linalg.qr(np.random.default_rng(self.seed).normal(size=(table.shape[1], table.shape[1])))[0]
-        std = self.network.settings.embedding_std or 1.0
-        for vector, numbers in zip(vectors, (self.facts.user_number, self.facts.item_number)):
-            rows = np.arange(1, len(numbers))
-            start = vector[1:] @ turn[: vector.shape[1]] * table.shape[1] ** 0.5  # as long as a random row
-            start = torch.from_numpy(start).to(table.dtype) + torch.randn(start.shape, generator=noise)
-            table[self._number_tokens(numbers, rows)] = std * start
-        if not with_users:
-            table[self._number_tokens(self.facts.user_number, np.arange(1, self.n_users))] = 0.0
+        rank = config["matching_start"] or min(config["collaborative_start"], self.network.settings.d_model)
+        vectors = factorise(users, items, self.n_users, self.n_items, rank, self.seed)
+        tokens = tuple(self._number_tokens(n, np.arange(1, len(n))) for n in (self.facts.user_number, self.facts.item_number))
+        if config["matching_start"]:
+            start_matching(self.network, vectors, tokens, next(iter(self.features.values())) if self.k else None, self.seed)
+        else:
+            start_numbers(self.network, vectors, tokens, self.seed)
+        if not config["collaborative_users"]:
+            self.network.shared.weight[tokens[0]] = 0.0
 
     # training
 
@@ -336,6 +337,10 @@ class VIP5(SequentialRecommender):
             # only the rows of the output layer that can be the answer; after a number the end mark is certain, so it costs nothing
             tokens = allowed.nonzero()[:, 0]
             logits = self.network.head(hidden[rows, 0], tokens).float()
+            if self.among_listed and task == TASKS.index("direct"):
+                listed = torch.zeros(len(rows), len(allowed), dtype=torch.bool, device=labels.device)
+                listed.scatter_(1, batch.input_ids[rows], True)
+                logits = logits.masked_fill(~listed[:, tokens], -torch.inf)
             losses[rows, 0] = F.cross_entropy(logits, torch.searchsorted(tokens, labels[rows, 0]), reduction="none")
         losses[others] = per_token_loss(self.network.head(hidden[others]), labels[others])
         return training_loss(losses, batch.labels, self.loss_weighting)

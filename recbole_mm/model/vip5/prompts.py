@@ -179,7 +179,7 @@ class Renderer:
         index = np.arange(ends[-1]) + np.repeat(begin[items] - ends + sizes, sizes)
         return tokens[index[: -self._separator_length[SEPARATORS[separator]]]]
 
-    def masked_list(self, items: np.ndarray, shown_as: np.ndarray, separator: int) -> np.ndarray:
+    def shuffled_list(self, items: np.ndarray, shown_as: np.ndarray, separator: int) -> np.ndarray:
         """The list of `items` with their own pictures under the numbers of the items `shown_as`."""
         tokens = self.item_list(shown_as, separator)
         if self.k:
@@ -256,7 +256,7 @@ class Renderer:
                 if slots.shown_as is None:
                     parts.append(self.item_list(slots.items, slots.separator))
                 else:
-                    parts.append(self.masked_list(slots.items, slots.shown_as, slots.separator))
+                    parts.append(self.shuffled_list(slots.items, slots.shown_as, slots.separator))
             else:
                 parts.append(self.words(content.format(*(self.value(name, slots) for name in names))))
         tokens = np.concatenate(parts)[: self.max_source - 1]

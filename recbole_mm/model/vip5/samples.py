@@ -119,8 +119,8 @@ class SamplingSettings:
     direct: int = 10
     explanation: int | None = None  # samples per user; None: every training record once
     candidates: int = 99  # other items in a training list
-    number_dropout: float = 0.0  # share of listed items that half of the training lists show under a spare number
-    spare: np.ndarray | None = None  # items whose numbers are free for that: those that training lacks
+    shuffled_numbers: float = 0.0  # share of the training lists that show their items under other items' numbers
+    n_items: int = 0  # I, needed for that
     published: bool = False
     max_history: int = 50
     batch_size: int = 36
@@ -239,20 +239,19 @@ class EpochLoader:
             slots.yes = slots.item == item
         elif prompt.kind == "choice":
             slots.items = rng.permutation(np.append(draw_others(rng, self.pool, taken, self.settings.candidates), item))
-            self._drop_numbers(slots, rng)
+            if self.settings.shuffled_numbers and rng.random() < self.settings.shuffled_numbers:
+                self._shuffle_numbers(slots, rng)
         return prompt, slots
 
-    def _drop_numbers(self, slots: Slots, rng: np.random.Generator) -> None:
-        """Show some items of a list under numbers that mean nothing yet, so that only the picture tells whether they fit.
+    def _shuffle_numbers(self, slots: Slots, rng: np.random.Generator) -> None:
+        """Show the items of a list under numbers of others, drawn from the whole catalogue, so that only pictures tell what fits.
 
-        It is what a list with new items looks like. A model that has always known every number chooses by numbers alone.
+        It is what a list looks like to whom the items are new. A model that has always known every number chooses by numbers alone.
         """
-        settings = self.settings
-        if not settings.number_dropout or settings.spare is None or rng.random() < 0.5:
-            return
-        chosen = np.flatnonzero(rng.random(len(slots.items)) < settings.number_dropout)[: len(settings.spare)]
+        free = np.setdiff1d(np.arange(1, self.settings.n_items), slots.items)
+        count = min(len(free), len(slots.items))
         slots.shown_as = slots.items.copy()
-        slots.shown_as[chosen] = rng.choice(settings.spare, len(chosen), replace=False)
+        slots.shown_as[rng.permutation(len(slots.items))[:count]] = rng.choice(free, count, replace=False)
         slots.answer = int(slots.shown_as[np.flatnonzero(slots.items == slots.item)[0]])
 
 
