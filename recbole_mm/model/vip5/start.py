@@ -116,8 +116,8 @@ def start_matching(
         attention.v.weight.zero_()
         attention.o.weight.zero_()
     find.v.weight[:rank], find.o.weight[:, :rank] = number.T, taste + direct * number
-    if 2 * rank <= find.v.weight.shape[0]:  # for words about an item's picture
-        find.v.weight[rank : 2 * rank], find.o.weight[:, rank : 2 * rank] = picture.T, picture
+    rest = torch.cat((picture, identity), dim=1)[:, : find.v.weight.shape[0] - rank]  # for words: titles and pictures pass at half strength
+    find.v.weight[rank : rank + rest.shape[1]], find.o.weight[:, rank : rank + rest.shape[1]] = rest.T, 0.5 * rest
     passed = min(spare, match.v.weight.shape[0])
     match.v.weight[:passed], match.o.weight[:, :passed] = identity[:, :passed].T, 2.0 * identity[:, :passed]
     if features is not None:
@@ -139,5 +139,5 @@ def _start_pictures(network: VIP5Network, features: Tensor, vectors: np.ndarray,
     outer.bias.zero_()
     blocks = outer.weight.view(network.settings.n_vis_tokens, -1, outer.in_features)  # of each visual token
     for block in blocks:
-        block.copy_(0.1 * without_control(block.T).T)
+        block.copy_(0.3 * without_control(block.T).T)
         block[:, :rank] = picture[:, :rank] * picture.shape[0] ** 0.5 / scale
