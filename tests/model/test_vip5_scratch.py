@@ -7,6 +7,7 @@ import torch
 from recbole_mm.errors import UserError
 from recbole_mm.model.vip5.dataset import factorise
 from recbole_mm.model.vip5.network import NetworkSettings, VIP5Network, per_token_loss
+from recbole_mm.model.vip5.prompts import Slots
 from recbole_mm.model.vip5.samples import EpochLoader, render
 from tests.model.vip5_data import build, write_dataset
 
@@ -126,28 +127,96 @@ def test_in_training_an_answer_costs_what_its_number_costs_among_the_items(tmp_p
     assert model.calculate_loss(batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_dropped_numbers_are_spare_ones_and_keep_picture_and_answer(tmp_path):
+def test_shuffled_lists_keep_picture_and_answer_and_draw_numbers_of_others(tmp_path):
     root = write_dataset(tmp_path, users=4)
-    _, model, parts = build(root, tasks=["direct"], train_prompts=["B-7"], negative_items="train", number_dropout=0.6, visual_tokens=2, train_candidates=5)  # fmt: skip
-    trained = set(parts[0].inter_feat["item_id"].tolist())
+    _, model, _ = build(root, tasks=["direct"], train_prompts=["B-7"], negative_items="train", shuffled_numbers=0.6, visual_tokens=2, train_candidates=5)  # fmt: skip
     number = {int(n): i for i, n in enumerate(model.facts.item_number) if i}
-    dropped = answers = 0
+    shuffled = total = 0
     for batch in range(len(loader := epoch(model, direct=30))):
         for prompt, slots in loader.samples(batch):
             packed = model.renderer.source(prompt, slots)
             pictures = ((packed >> 33)[packed >> 33 > 0] - 1) // 2
             assert pictures.reshape(-1, 2).T.tolist() == [slots.items.tolist()] * 2  # own pictures, in the order of the list
             answer = number[int(model.pieces.text(model.renderer.target(prompt, slots)))]
+            total += 1
             if slots.shown_as is None:
                 assert answer == slots.item
                 continue
-            lent = slots.shown_as != slots.items
-            assert not trained & set(slots.shown_as[lent].tolist())
+            shuffled += 1
+            assert not set(slots.shown_as.tolist()) & set(slots.items.tolist())
+            assert len(set(slots.shown_as.tolist())) == len(slots.items)
             assert slots.items[list(slots.shown_as).index(answer)] == slots.item
-            dropped += int(lent.sum())
-            answers += answer != slots.item
-    assert dropped > 50 and answers > 10
+    assert total > 100 and 0.45 < shuffled / total < 0.75
     model.train()
     assert torch.isfinite(model.calculate_loss(render(model.renderer, loader.samples(0))))
-    with pytest.raises(UserError, match="number_dropout"):
-        build(root, number_dropout=0.5, number_tokens="digits")
+
+
+@pytest.mark.parametrize("wrong", [{"shuffled_numbers": 0.5, "number_tokens": "digits"}, {"choice_softmax": "list", "number_tokens": "digits"},
+                                   {"shuffled_numbers": 1.5}, {"choice_softmax": "candidates"}, {"matching_start": 3, "number_tokens": "digits"}])  # fmt: skip
+def test_settings_from_scratch_that_cannot_be(root, wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        build(root, **wrong)
+
+
+def test_an_answer_to_a_list_can_compete_with_the_listed_items_only(root):
+    _, model, _ = build(root, tasks=["direct"], train_prompts=["B-1", "B-7"], choice_softmax="list", train_candidates=5, visual_tokens=0, dropout=0.0)  # fmt: skip
+    loader = epoch(model, direct=4)
+    samples = [sample for batch in range(len(loader)) for sample in loader.samples(batch)]
+    batch = render(model.renderer, samples)
+    model.train()
+    logits = model.network.logits(*model.encode(batch), batch.labels)
+    words = per_token_loss(logits, batch.labels).sum(1) / (batch.labels != -100).sum(1)
+    expected = words.clone()
+    for row, (prompt, slots) in enumerate(samples):
+        if prompt.kind == "choice":
+            listed = torch.from_numpy(model._number_tokens(model.facts.item_number, slots.items))
+            expected[row] = (logits[row, 0, listed].logsumexp(-1) - logits[row, 0, batch.labels[row, 0]]) / 2
+    assert 0 < sum(prompt.kind == "choice" for prompt, _ in samples) < len(samples)  # B-1 is answered by yes or no
+    assert model.calculate_loss(batch).item() == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+MATCHING = {"network": {"d_model": 32, "d_ff": 32, "d_kv": 16, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 2, "embedding_std": 0.5, "copying": True},
+            "matching_start": 3, "candidates": 9}  # fmt: skip
+
+
+def first_choices(model, users, lists):
+    prompt = model.all_prompts["B-7"]
+    samples = [(prompt, Slots(user=int(u), item=0, items=row)) for u, row in zip(users, lists)]
+    return model.rank(samples, 1, lists)[0][:, 0]
+
+
+@pytest.mark.parametrize("shift, low, high", [(0, 0.75, 1.0), (1, 0.0, 0.6)])
+def test_the_matching_start_chooses_by_pictures_before_any_training(root, shift, low, high):
+    """Lists of items under numbers that training lacks: only pictures tell; rows shifted by one tell something else."""
+    _, model, parts = build(root, tasks=["direct"], eval_prompts=["B-7"], visual_tokens=1, **MATCHING)
+    table = next(iter(model.features.values()))
+    table[1:] = table[1:].roll(shift, 0)
+    taste = np.array([-1, *(int(t[1:]) % 3 for t in parts[0].id2token("item_id", np.arange(1, model.n_items)))])
+    likes = np.array([-1, *(int(t[1:]) % 3 for t in parts[0].id2token("user_id", np.arange(1, model.n_users)))])
+    rng = np.random.default_rng(1)
+    users = np.repeat(np.arange(1, model.n_users), 4)
+    lists = [rng.permutation(np.concatenate([rng.choice(np.flatnonzero(taste == t), 1) for t in range(3)])) for _ in users]
+    with torch.no_grad():  # numbers without any meaning
+        own = model._number_tokens(model.facts.item_number, np.arange(1, model.n_items))
+        weight = model.network.shared.weight
+        noise = torch.randn(weight[own].shape, generator=torch.Generator().manual_seed(3))
+        basis = torch.linalg.svd(weight[own] - weight[own].mean(0))[2][-8:]  # where numbers differ least, and the common part, are kept
+        weight[own] = weight[own].mean(0) + noise * weight[own].std(0) - (noise * weight[own].std(0)) @ basis.T @ basis
+    hits = float((taste[first_choices(model, users, lists)] == likes[users]).mean())
+    assert low <= hits <= high, hits
+
+
+def test_the_matching_start_without_pictures_compares_numbers(root):
+    _, model, parts = build(root, tasks=["direct"], eval_prompts=["B-7"], visual_tokens=0, **MATCHING)
+    taste = np.array([-1, *(int(t[1:]) % 3 for t in parts[0].id2token("item_id", np.arange(1, model.n_items)))])
+    likes = np.array([-1, *(int(t[1:]) % 3 for t in parts[0].id2token("user_id", np.arange(1, model.n_users)))])
+    seen = np.unique(parts[0].inter_feat["item_id"].numpy())
+    rng = np.random.default_rng(1)
+    users = np.repeat(np.arange(1, model.n_users), 4)
+    lists = [rng.permutation([rng.choice(seen[taste[seen] == t]) for t in range(3)]) for _ in users]
+    assert (taste[first_choices(model, users, lists)] == likes[users]).mean() > 0.75
+
+
+def test_the_matching_start_says_what_sizes_it_needs(root):
+    with pytest.raises(UserError, match=r"matching_start: 3 needs network sizes d_kv > 3, d_model >= 15 and num_decoder_layers >= 2, got .* num_decoder_layers 1"):
+        build(root, matching_start=3)

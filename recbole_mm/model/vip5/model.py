@@ -340,6 +340,7 @@ class VIP5(SequentialRecommender):
             if self.among_listed and task == TASKS.index("direct"):
                 listed = torch.zeros(len(rows), len(allowed), dtype=torch.bool, device=labels.device)
                 listed.scatter_(1, batch.input_ids[rows], True)
+                listed.scatter_(1, labels[rows, :1], True)  # a list may have been cut off
                 logits = logits.masked_fill(~listed[:, tokens], -torch.inf)
             losses[rows, 0] = F.cross_entropy(logits, torch.searchsorted(tokens, labels[rows, 0]), reduction="none")
         losses[others] = per_token_loss(self.network.head(hidden[others]), labels[others])
