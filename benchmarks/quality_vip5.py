@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--data", default=DATA, help="folder of amazon-beauty")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--visual", default="1,0", help="shop: runs with 1 and 0 visual tokens")
-    parser.add_argument("--epochs", type=int, default=5, help="shop: epochs of VIP5")
+    parser.add_argument("--epochs", type=int, default=8, help="shop: epochs of VIP5")
     parser.add_argument("--sasrec", action="store_true", help="shop: run RecBole's SASRec instead")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()

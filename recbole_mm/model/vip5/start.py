@@ -121,11 +121,11 @@ def start_matching(
     passed = min(spare, match.v.weight.shape[0])
     match.v.weight[:passed], match.o.weight[:, :passed] = identity[:, :passed].T, 2.0 * identity[:, :passed]
     if features is not None:
-        _start_pictures(network, features, vectors[1], picture, without_control)
+        _start_pictures(network, features, vectors[1], picture, control)
 
 
-def _start_pictures(network: VIP5Network, features: Tensor, vectors: np.ndarray, picture: Tensor, without_control) -> None:
-    """The map of pictures begins with a ridge regression to `vectors`, fitted on items that have one; the rest of it stays small."""
+def _start_pictures(network: VIP5Network, features: Tensor, vectors: np.ndarray, picture: Tensor, control: Tensor) -> None:
+    """The map of pictures begins with a ridge regression to `vectors`, fitted on items that have one; the rest of it says other things."""
     x = features.double().cpu().numpy()
     known = np.flatnonzero(np.linalg.norm(vectors, axis=1) > 1e-6)
     mean = x[known].mean(0)
@@ -138,6 +138,7 @@ def _start_pictures(network: VIP5Network, features: Tensor, vectors: np.ndarray,
     inner.bias[:rank] = torch.from_numpy(-scale * (mean @ weights)[:rank]).float()
     outer.bias.zero_()
     blocks = outer.weight.view(network.settings.n_vis_tokens, -1, outer.in_features)  # of each visual token
+    taken = torch.cat((picture, control), dim=1)
     for block in blocks:
-        block.copy_(0.3 * without_control(block.T).T)
+        block.copy_(2.0 * (block - taken @ (taken.T @ block)))  # explanations need it, so it must not vanish beside the regression
         block[:, :rank] = picture[:, :rank] * picture.shape[0] ** 0.5 / scale
