@@ -1,13 +1,14 @@
 """Does a group's own adapter help? PerPEFT against Global PEFT against frozen features on a shop with planted taste groups.
 
-All scopes start from the same small CLIP, made by `recbole-mm finetune` from the shop's own pictures and texts, and train for the same number
-of epochs; the epoch that is best on validation is tested. `planted` is PerPEFT with the planted groups in place of KMeans': how much
-groups could help at all. SASRec is RecBole's, with the user's history masked as for the others.
+All scopes start from the same small CLIP, made by `recbole-mm finetune` from the shop's own pictures and texts (one for each seed), and train
+for the same number of epochs; the epoch that is best on validation is tested. `planted` is PerPEFT with the planted groups in place of
+KMeans': how much groups could help at all. SASRec is RecBole's, with the user's history masked as for the others.
 
 Every finished run is kept in <results>/perpeft.json, so the script can be interrupted and goes on where it was.
 
-Usage: python benchmarks/quality_perpeft.py --work FOLDER [--seeds 1,2,3] [--variants none,global,personalized,global_negatives,planted,SASRec]
+Usage: python benchmarks/quality_perpeft.py --work FOLDER [--seeds 11,12,13] [--variants none,global,personalized,global_negatives,planted,SASRec]
        [--users 1000 --items 1000 --interactions 20000 (other sizes make a new shop)] [--kind iisan] [--settings '{"epochs": 60}']
+       [--probe 8,16,32,64 (in place of runs: what a linear classifier reads in the CLIPs of these joint widths)]
 """
 
 import argparse
@@ -16,26 +17,28 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import adjusted_rand_score
+from sklearn.model_selection import KFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from recbole_mm.data.synthetic import VERSION, make_shop, write_shop
+from recbole_mm.config import Config
+from recbole_mm.data.synthetic import ATTRIBUTES, VERSION, make_shop, write_shop
 from recbole_mm.encoder.finetune import main as finetune
 from recbole_mm.files import write_json, write_text
-from recbole_mm.model.perpeft.model import PerPEFTSASRec
+from recbole_mm.model.perpeft.model import PerPEFTSASRec, build_items, hidden_states
 from recbole_mm.parsing import load_yaml
 from recbole_mm.paths import bundled_dataset_dir, properties_dir
-from recbole_mm.quick_start import run
+from recbole_mm.quick_start import _prepare, run
 
-SIZES = {
-    "joint_width": 64, "width": 64, "layers": 3, "heads": 2, "patch_size": 8, "image_size": 32, "text_width": 64, "text_layers": 2,
-    "text_heads": 2, "context": 32,
-}  # fmt: skip
 COMMON = {
     "use_gpu": False, "show_progress": False, "tensorboard": False, "state": "WARNING", "save_last": False, "stopping_step": 10_000,
     "metrics": ["Hit", "NDCG"], "topk": [10, 20, 30], "valid_metric": "NDCG@20", "mask_history": True, "metric_decimal_place": 7,
@@ -48,6 +51,9 @@ _TRAINING = (
     "learning_rate", "epochs", "global_epochs", "hidden_size", "iisan_hidden",
 )  # fmt: skip
 SHIPPED = {**{key: _SHOP[key] for key in _TRAINING}, "eval_step": 4}
+SIZES, CLIP_EPOCHS = _SHOP["encoder_sizes"], 30
+SHIPPED_CLIP = {"sizes": SIZES, "epochs": CLIP_EPOCHS}
+FIRST_CLIP = {"sizes": {**SIZES, "joint_width": 64}, "epochs": 80}  # of runs that do not say: one for all seeds
 VARIANTS = {
     "none": {"peft_scope": "none"},
     "global": {"peft_scope": "global"},
@@ -72,15 +78,62 @@ def prepare(work: Path, args) -> tuple[Path, str, dict[str, int]]:
     return root, name, dict(zip(truth["user_tokens"].tolist(), truth["group"].tolist()))
 
 
-def small_clip(work: Path, root: Path, name: str) -> Path:
-    """The CLIP that all scopes start from."""
-    folder = work / f"clip-{name}"
-    if not (folder / "encoder" / "config.json").is_file():
-        words = [f"--dataset={name}", f"--data_path={root}", "--encoder=tiny-clip", f"--output={folder}", "--use_gpu=false"]
-        words += ["--finetune_epochs=80", "--finetune_batch_size=64", "--finetune_patience=100"]
-        words += ["--finetune_crop=0.9", "--finetune_mirror=false", "--finetune_word_dropout=0.0"]
-        finetune([*words, "--text_fields=[title,description]", f"--encoder_sizes={json.dumps(SIZES)}"])
-    return folder / "encoder"
+def small_clip(work: Path, root: Path, name: str, seed: int, sizes: dict = SIZES) -> tuple[Path, dict]:
+    """The CLIP that all scopes of one seed start from, and what to record of it."""
+    folder = work / f"clip-{name}-joint{sizes['joint_width']}-epochs{CLIP_EPOCHS}-seed{seed}"
+    if not (folder / "finetune.json").is_file():
+        words = [
+            f"--dataset={name}",
+            f"--data_path={root}",
+            "--encoder=tiny-clip",
+            f"--output={folder}",
+            "--use_gpu=false",
+            f"--seed={seed}",
+        ]
+        words += [f"--finetune_epochs={CLIP_EPOCHS}", "--finetune_batch_size=64", "--finetune_patience=100", "--finetune_crop=0.9"]
+        words += ["--finetune_mirror=false", "--finetune_word_dropout=0.0", "--text_fields=[title,description]"]
+        finetune([*words, f"--encoder_sizes={json.dumps(sizes)}"])
+    valid_loss = json.loads((folder / "finetune.json").read_text())["best_valid_loss"]
+    return folder / "encoder", {"sizes": sizes, "epochs": CLIP_EPOCHS, "seed": seed, "valid_loss": valid_loss}
+
+
+def settings_for(pretrained: Path, root: Path) -> dict:
+    """What every run on a shop has in common."""
+    return {
+        **COMMON, "data_path": str(root), "pretrained": str(pretrained), "iisan_states": 3, "n_groups": 6,
+        "text_fields": ["title", "description"], "encoder_text_length": 24, "encoder_precision": "fp32", **SHIPPED,
+    }  # fmt: skip
+
+
+def readable(pretrained: Path, root: Path, name: str) -> dict[str, dict[str, float]]:
+    """Share of the items whose planted attribute a ridge classifier names, from the joint space and from IISAN's hidden states; five folds."""
+    dataset = _prepare(Config("PerPEFTSASRec", name, config_dict=settings_for(pretrained, root)))[0]
+    items = build_items(dataset.config, dataset, torch.device("cpu"))
+    every = torch.arange(1, dataset.item_num)
+    with torch.no_grad():
+        features = {"joint": items(every), "hidden": torch.cat([s[1:].flatten(1).float() for s in hidden_states(items, every, 3)], dim=1)}
+    truth = np.load(root / name / "truth.npz")
+    row = {token: i for i, token in enumerate(truth["item_tokens"].tolist())}
+    rows = [row[token] for token in dataset.id2token(dataset.iid_field, every).tolist()]
+    planted = {**dict(zip(ATTRIBUTES, truth["attributes"][rows].T)), "kind": truth["kind"][rows]}
+    classifier = make_pipeline(StandardScaler(), RidgeClassifier(alpha=100.0))
+    folds = KFold(5, shuffle=True, random_state=0)
+    return {
+        what: {attribute: float(cross_val_score(classifier, x, y, cv=folds).mean()) for attribute, y in planted.items()}
+        for what, x in ((what, x.numpy()) for what, x in features.items())
+    }
+
+
+def probe_table(rows: list[dict]) -> list[str]:
+    """What a linear classifier reads, as Markdown."""
+    lines = ["## What a linear classifier reads in the CLIP", ""]
+    lines += [f"| joint width | loss on kept pairs | read from | {' | '.join(rows[0]['joint'])} | mean |", f"|---:|---:|---|{'---:|' * 8}"]
+    for row in rows:
+        for what in ("joint", "hidden"):
+            shares = [*row[what].values(), np.mean(list(row[what].values()))]
+            name = {"joint": "joint space", "hidden": "hidden states"}[what]
+            lines.append(f"| {row['joint_width']} | {row['valid_loss']:.2f} | {name} | {' | '.join(f'{x:.2f}' for x in shares)} |")
+    return [*lines, ""]
 
 
 def planted_groups(model: PerPEFTSASRec, truth: dict[str, int]) -> torch.Tensor:
@@ -92,16 +145,20 @@ def planted_groups(model: PerPEFTSASRec, truth: dict[str, int]) -> torch.Tensor:
     return model.user_group
 
 
-def one(variant: str, seed: int, kind: str, root: Path, name: str, clip: Path, truth: dict, settings: dict, work: Path) -> dict:
-    given = {**COMMON, "seed": seed, "data_path": str(root), "checkpoint_dir": str(work / "runs"), **VARIANTS[variant]}
+def one(variant: str, seed: int, kind: str, root: Path, name: str, truth: dict, settings: dict, work: Path) -> dict:
+    clip = SHIPPED_CLIP  # SASRec reads none, but stands in the table of those that do
     if variant == "SASRec":
-        given["epochs"] = settings.get("epochs", 50)
+        given = {
+            **COMMON,
+            "data_path": str(root),
+            "epochs": settings.get("epochs", 50),
+            "MAX_ITEM_LIST_LENGTH": SHIPPED["MAX_ITEM_LIST_LENGTH"],
+        }
         given["load_col"] = {"inter": ["user_id", "item_id", "timestamp"]}
     else:
-        given = {
-            "pretrained": str(clip), "peft_kind": kind, "iisan_states": 3, "n_groups": 6, "text_fields": ["title", "description"],
-            "encoder_text_length": 24, "encoder_precision": "fp32", **given, **SHIPPED, **settings,
-        }  # fmt: skip
+        pretrained, clip = small_clip(work, root, name, seed)
+        given = {**settings_for(pretrained, root), "peft_kind": kind, **settings}
+    given = {**given, **VARIANTS[variant], "seed": seed, "checkpoint_dir": str(work / "runs")}
     PerPEFTSASRec.assign_groups = (lambda model: planted_groups(model, truth)) if variant == "planted" else PLANTED
     begin = time.perf_counter()
     with warnings.catch_warnings():
@@ -109,7 +166,8 @@ def one(variant: str, seed: int, kind: str, root: Path, name: str, clip: Path, t
         result = run("SASRec" if variant == "SASRec" else "PerPEFTSASRec", name, config_dict=given)
     record = result["record"]
     out = {
-        "variant": variant, "seed": seed, "kind": kind, "dataset": name, "version": VERSION, "settings": settings, "valid": record["best_valid_score"],
+        "variant": variant, "seed": seed, "kind": kind, "dataset": name, "version": VERSION, "settings": settings, "clip": clip,
+        "valid": record["best_valid_score"],
         "best_epoch": record["best_epoch"], "test": record["test"], "groups": record["test_groups"], "parameters": record["parameters"],
         "epochs": len(record["epochs"]), "epoch_s": float(np.median([e["time_s"] for e in record["epochs"]])),
         "total_s": time.perf_counter() - begin, "valid_curve": [e["valid"]["ndcg@20"] for e in record["epochs"] if e["valid"]],
@@ -129,17 +187,31 @@ def compare(a: list[float], b: list[float]) -> tuple[float, float]:
 
 def setting_of(run: dict) -> tuple:
     """What runs of one table have in common; runs without a version are of the first one."""
-    return run["dataset"], run.get("version", 1), run["kind"], json.dumps(run["settings"], sort_keys=True)
+    clip = run.get("clip", FIRST_CLIP)
+    return run["dataset"], run.get("version", 1), run["kind"], json.dumps(run["settings"], sort_keys=True), describe(clip)
 
 
-def markdown(runs: list[dict], notes: str = "") -> str:
+def describe(clip: dict) -> str:
+    """Sizes and training of a CLIP, without what differs from seed to seed."""
+    sizes = clip["sizes"]
+    towers = f"towers {sizes['width']} and {sizes['text_width']} wide, {sizes['layers']} and {sizes['text_layers']} deep"
+    return f"CLIP with {towers}, joint space {sizes['joint_width']} wide, {clip['epochs']} epochs"
+
+
+def markdown(runs: list[dict], notes: str = "", probed: Sequence[dict] = ()) -> str:
     """One table per shop, kind and settings, with the comparisons that the paper makes."""
     lines = ["# PerPEFT-SASRec on the shop", "", __doc__.split("\n\n")[1], ""]
     lines += [notes.strip(), ""] if notes else []
-    for key in dict.fromkeys(map(setting_of, runs)):
-        dataset, version, kind, settings = key
+    lines += probe_table(probed) if probed else []
+    for key in sorted(dict.fromkeys(map(setting_of, runs)), key=lambda key: key[-1] != describe(SHIPPED_CLIP)):
+        dataset, version, kind, settings, clip = key
         mine = [r for r in runs if setting_of(r) == key]
-        lines += [f"## {dataset} (generator version {version}), {kind}, {settings if settings != '{}' else 'shipped settings'}", ""]
+        lines += [
+            f"## {dataset} (generator version {version}), {kind}, {settings if settings != '{}' else 'shipped settings'}",
+            "",
+            f"{clip}.",
+            "",
+        ]
         lines += [
             "| variant | seeds | NDCG@20 | HR@20 | NDCG@20 valid | ARI of the groups | parameters | s/epoch |",
             "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -178,37 +250,46 @@ def markdown(runs: list[dict], notes: str = "") -> str:
 
 
 def write_page(folder: Path, runs: list[dict]) -> None:
-    """perpeft.md from the runs and, where there is one, perpeft.notes.md."""
-    notes = folder / "perpeft.notes.md"
-    write_text(folder / "perpeft.md", markdown(runs, notes.read_text(encoding="utf-8") if notes.is_file() else ""))
+    """perpeft.md from the runs and, where there are such, perpeft.notes.md and perpeft_probe.json."""
+    notes, probed = folder / "perpeft.notes.md", folder / "perpeft_probe.json"
+    text = notes.read_text(encoding="utf-8") if notes.is_file() else ""
+    write_text(folder / "perpeft.md", markdown(runs, text, json.loads(probed.read_text()) if probed.is_file() else ()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--table", action="store_true", help="only write the page again")
-    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--seeds", default="11,12,13")
     parser.add_argument("--variants", default="none,global,personalized,global_negatives,planted,SASRec")
     parser.add_argument("--kind", default="iisan")
     parser.add_argument("--users", type=int, default=1000)
     parser.add_argument("--items", type=int, default=1000)
     parser.add_argument("--interactions", type=int, default=20000)
     parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--probe", default="", help="joint widths of CLIPs to look into, with the first of the seeds")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "quality")
     args = parser.parse_args()
     if args.table:
         write_page(args.results, json.loads((args.results / "perpeft.json").read_text()))
         return
     root, name, truth = prepare(args.work, args)
-    clip = small_clip(args.work, root, name)
     file = args.results / "perpeft.json"
+    if args.probe:
+        seed, rows = int(args.seeds.split(",")[0]), []
+        for width in map(int, args.probe.split(",")):
+            pretrained, clip = small_clip(args.work, root, name, seed, {**SIZES, "joint_width": width})
+            rows.append({"joint_width": width, "seed": seed, "valid_loss": clip["valid_loss"], **readable(pretrained, root, name)})
+        write_json(args.results / "perpeft_probe.json", rows)
+        write_page(args.results, json.loads(file.read_text()) if file.is_file() else [])
+        return
     for seed in map(int, args.seeds.split(",")):
         for variant in args.variants.split(","):
             runs = json.loads(file.read_text()) if file.is_file() else []
-            key = (variant, seed, (name, VERSION, args.kind, json.dumps(args.settings, sort_keys=True)))
+            key = (variant, seed, (name, VERSION, args.kind, json.dumps(args.settings, sort_keys=True), describe(SHIPPED_CLIP)))
             if any((r["variant"], r["seed"], setting_of(r)) == key for r in runs):
                 continue
-            done = one(variant, seed, args.kind, root, name, clip, truth, args.settings, args.work)
+            done = one(variant, seed, args.kind, root, name, truth, args.settings, args.work)
             runs = json.loads(file.read_text()) if file.is_file() else []
             write_json(file, [*runs, done])
             write_page(args.results, [*runs, done])
