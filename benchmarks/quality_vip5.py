@@ -30,7 +30,6 @@ from recbole_mm.quick_start import create_dataset, run
 
 OUT = Path(__file__).resolve().parent / "quality"
 SETTINGS = {"stopping_step": 100}  # beside those of properties/model/VIP5.yaml for the shop
-TEXT_ONLY = {"shuffled_numbers": 0.0}  # without pictures an item without its number is nothing at all
 SHOWN = (
     "sequential/ndcg@10",
     "sequential/hit@10",
@@ -77,7 +76,7 @@ def raw(record: dict, settings: dict, seconds: float, cpu: float) -> dict:
 
 def one(seed: int, visual: int, epochs: int) -> None:
     """One run of VIP5 on the shop, evaluated once."""
-    settings = {**SETTINGS, "visual_tokens": visual, "seed": seed, "epochs": epochs, "eval_step": epochs, **({} if visual else TEXT_ONLY)}
+    settings = {**SETTINGS, "visual_tokens": visual, "seed": seed, "epochs": epochs, "eval_step": epochs}
     train(OUT / "vip5" / f"shop-visual{visual}-seed{seed}-epochs{epochs}.json", "VIP5", "shop", settings, {})
 
 

@@ -147,11 +147,12 @@ def test_shuffled_lists_keep_picture_and_answer_and_draw_numbers_of_others(tmp_p
             assert len(set(slots.shown_as.tolist())) == len(slots.items)
             assert slots.items[list(slots.shown_as).index(answer)] == slots.item
     assert total > 100 and 0.45 < shuffled / total < 0.75
+    assert build(root, shuffled_numbers=0.6, visual_tokens=0)[1].sampling.shuffled_numbers == 0
     model.train()
     assert torch.isfinite(model.calculate_loss(render(model.renderer, loader.samples(0))))
 
 
-@pytest.mark.parametrize("wrong", [{"shuffled_numbers": 0.5, "number_tokens": "digits"}, {"choice_softmax": "list", "number_tokens": "digits"},
+@pytest.mark.parametrize("wrong", [{"choice_softmax": "list", "number_tokens": "digits"},
                                    {"shuffled_numbers": 1.5}, {"choice_softmax": "candidates"}, {"matching_start": 3, "number_tokens": "digits"}])  # fmt: skip
 def test_settings_from_scratch_that_cannot_be(root, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
@@ -179,44 +180,42 @@ MATCHING = {"network": {"d_model": 32, "d_ff": 32, "d_kv": 16, "num_heads": 2, "
             "matching_start": 3, "candidates": 9}  # fmt: skip
 
 
-def first_choices(model, users, lists):
-    prompt = model.all_prompts["B-7"]
-    samples = [(prompt, Slots(user=int(u), item=0, items=row)) for u, row in zip(users, lists)]
-    return model.rank(samples, 1, lists)[0][:, 0]
-
-
-@pytest.mark.parametrize("shift, low, high", [(0, 0.75, 1.0), (1, 0.0, 0.6)])
-def test_the_matching_start_chooses_by_pictures_before_any_training(root, shift, low, high):
-    """Lists of items under numbers that training lacks: only pictures tell; rows shifted by one tell something else."""
-    _, model, parts = build(root, tasks=["direct"], eval_prompts=["B-7"], visual_tokens=1, **MATCHING)
-    table = next(iter(model.features.values()))
-    table[1:] = table[1:].roll(shift, 0)
-    taste = np.array([-1, *(int(t[1:]) % 3 for t in parts[0].id2token("item_id", np.arange(1, model.n_items)))])
-    likes = np.array([-1, *(int(t[1:]) % 3 for t in parts[0].id2token("user_id", np.arange(1, model.n_users)))])
+def right_choices(model, dataset, items, shuffled):
+    """Share of lists of three, one item of each colour, in which a user gets the own colour; `shuffled` shows them under numbers of others."""
+    colour = {field: np.array([-1, *(int(t[1:]) % 3 for t in dataset.id2token(field, np.arange(1, n)))])
+              for field, n in (("item_id", model.n_items), ("user_id", model.n_users))}  # fmt: skip
     rng = np.random.default_rng(1)
-    users = np.repeat(np.arange(1, model.n_users), 4)
-    lists = [rng.permutation(np.concatenate([rng.choice(np.flatnonzero(taste == t), 1) for t in range(3)])) for _ in users]
-    with torch.no_grad():  # numbers without any meaning
-        own = model._number_tokens(model.facts.item_number, np.arange(1, model.n_items))
-        weight = model.network.shared.weight
-        noise = torch.randn(weight[own].shape, generator=torch.Generator().manual_seed(3))
-        basis = torch.linalg.svd(weight[own] - weight[own].mean(0))[2][-8:]  # where numbers differ least, and the common part, are kept
-        weight[own] = weight[own].mean(0) + noise * weight[own].std(0) - (noise * weight[own].std(0)) @ basis.T @ basis
-    hits = float((taste[first_choices(model, users, lists)] == likes[users]).mean())
-    assert low <= hits <= high, hits
+    samples, lists, hits = [], [], []
+    for user in np.repeat(np.arange(1, model.n_users), 8):
+        row = rng.permutation([rng.choice(items[colour["item_id"][items] == c]) for c in range(3)])
+        shown = rng.choice(np.setdiff1d(np.arange(1, model.n_items), row), 3, replace=False) if shuffled else row
+        samples.append((model.all_prompts["B-7"], Slots(user=int(user), items=row, shown_as=shown)))
+        lists.append(shown)
+        hits.append(shown[colour["item_id"][row] == colour["user_id"][user]][0])
+    return float((model.rank(samples, 1, lists)[0][:, 0] == hits).mean())
+
+
+@pytest.mark.parametrize("mixed, low, high", [(False, 0.55, 1.0), (True, 0.0, 0.45)])
+def test_the_matching_start_chooses_by_pictures_before_any_training(root, mixed, low, high):
+    """Under numbers of other items only pictures tell; chance is a third, and what the pictures of any other items must give."""
+    hits = []
+    for seed in range(4):
+        _, model, parts = build(root, seed=seed, tasks=["direct"], eval_prompts=["B-7"], visual_tokens=1, **MATCHING)
+        table = next(iter(model.features.values()))
+        if mixed:
+            table[1:] = table[1:][torch.randperm(len(table) - 1, generator=torch.Generator().manual_seed(seed))]
+        hits.append(right_choices(model, parts[0], np.arange(1, model.n_items), shuffled=True))
+    assert low <= np.mean(hits) <= high, hits
 
 
 def test_the_matching_start_without_pictures_compares_numbers(root):
     _, model, parts = build(root, tasks=["direct"], eval_prompts=["B-7"], visual_tokens=0, **MATCHING)
-    taste = np.array([-1, *(int(t[1:]) % 3 for t in parts[0].id2token("item_id", np.arange(1, model.n_items)))])
-    likes = np.array([-1, *(int(t[1:]) % 3 for t in parts[0].id2token("user_id", np.arange(1, model.n_users)))])
-    seen = np.unique(parts[0].inter_feat["item_id"].numpy())
-    rng = np.random.default_rng(1)
-    users = np.repeat(np.arange(1, model.n_users), 4)
-    lists = [rng.permutation([rng.choice(seen[taste[seen] == t]) for t in range(3)]) for _ in users]
-    assert (taste[first_choices(model, users, lists)] == likes[users]).mean() > 0.75
+    assert right_choices(model, parts[0], np.unique(parts[0].inter_feat["item_id"].numpy()), shuffled=False) > 0.75
 
 
 def test_the_matching_start_says_what_sizes_it_needs(root):
-    with pytest.raises(UserError, match=r"matching_start: 3 needs network sizes d_kv > 3, d_model >= 15 and num_decoder_layers >= 2, got .* num_decoder_layers 1"):
+    with pytest.raises(
+        UserError,
+        match=r"matching_start: 3 needs network sizes d_kv > 3, d_model >= 15 and num_decoder_layers >= 2, got .* num_decoder_layers 1",
+    ):
         build(root, matching_start=3)

@@ -154,15 +154,15 @@ class VIP5(SequentialRecommender):
         every = np.arange(1, self.n_items)
         known = train_items if config["negative_items"] == "train" else every
         restricted = whole and not self.published and config["search_scores"] == "trie"
-        for key in ("shuffled_numbers", "choice_softmax"):
-            if config[key] not in (0.0, "items") and not restricted:
-                raise UserError(f"{key}: {config[key]} needs a tokenizer trained on the dataset, number_tokens: whole and search_scores: trie.")
+        if config["choice_softmax"] == "list" and self.scratch and not restricted:
+            raise UserError("choice_softmax: list needs a tokenizer trained on the dataset, number_tokens: whole and search_scores: trie.")
+        shuffled = config["shuffled_numbers"] if self.k else 0.0  # without pictures nothing tells shuffled items apart
         answers = torch.zeros(2, self.pieces.size, dtype=torch.bool)  # of the sequential and the direct task; empty: no restriction
         if restricted:
             answers[:, self._number_tokens(self.facts.item_number, known)] = True
-            if config["shuffled_numbers"]:
+            if shuffled:
                 answers[1, self._number_tokens(self.facts.item_number, every)] = True
-        self.among_listed = config["choice_softmax"] == "list"
+        self.among_listed = config["choice_softmax"] == "list" and restricted
         self.register_buffer("answers", answers, persistent=False)
         self.negative_pool = train_items if config["negative_items"] == "train" else np.arange(1, self.n_items)
         self.sampling = SamplingSettings(
@@ -171,7 +171,7 @@ class VIP5(SequentialRecommender):
             direct=config["direct_samples"],
             explanation=config["explanation_samples"],
             candidates=config["train_candidates"] or config["candidates"],
-            shuffled_numbers=config["shuffled_numbers"],
+            shuffled_numbers=shuffled,
             n_items=self.n_items,
             published=self.published,
             max_history=self.max_seq_length,
