@@ -23,7 +23,9 @@ from recbole_mm.quick_start import load_model, run
 
 COMMON = {
     "tasks": ["sequential"], "train_prompts": ["A-3"], "eval_prompts": ["A-3"], "valid_metric": "sequential/NDCG@10", "visual_tokens": 0,
-    "shuffled_numbers": 0.0, "choice_softmax": "items", "matching_start": 0, "collaborative_start": 8, "seed": 1, "use_gpu": False, "show_progress": False, "tensorboard": False, "state": "ERROR",
+    "network": {"d_model": 64, "d_ff": 128, "d_kv": 32, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 2, "embedding_std": 0.5, "copying": True},
+    "matching_start": 0, "collaborative_start": 8, "choice_softmax": "items", "learning_rate": 3.0e-3,
+    "seed": 1, "use_gpu": False, "show_progress": False, "tensorboard": False, "state": "ERROR",
 }  # fmt: skip
 NUMBERS = {
     "whole": {},

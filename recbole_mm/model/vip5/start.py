@@ -17,9 +17,9 @@ from recbole_mm.model.vip5.network import VIP5Network
 _CONTROL = 3  # directions that say: a user's number, an item's number, the decoder's first token
 
 
-def _basis(width: int, seed: int) -> Tensor:
-    """A random orthonormal basis, one vector per column, [D, D]."""
-    return torch.from_numpy(np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0]).float()
+def _basis(width: int, seed: int) -> np.ndarray:
+    """A random orthonormal basis, [D, D]."""
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0]
 
 
 @torch.no_grad()
@@ -36,7 +36,8 @@ def start_numbers(network: VIP5Network, vectors: tuple[np.ndarray, np.ndarray], 
     basis, noise = _basis(table.shape[1], seed), torch.Generator().manual_seed(seed)
     std = network.settings.embedding_std or 1.0
     for vector, rows in zip(vectors, tokens):
-        start = torch.from_numpy(vector[1:]).float() @ basis[:, : vector.shape[1]].T * table.shape[1] ** 0.5  # as long as a random row
+        start = vector[1:] @ basis[: vector.shape[1]] * table.shape[1] ** 0.5  # as long as a random row
+        start = torch.from_numpy(start).to(table.dtype)
         table[rows] = std * (start + torch.randn(start.shape, generator=noise))
 
 
@@ -79,7 +80,7 @@ def start_matching(
             f"matching_start: {rank} needs network sizes d_kv > {rank}, d_model >= {4 * rank + _CONTROL} and num_decoder_layers >= 2, got "
             f"d_kv {head}, d_model {width} and num_decoder_layers {len(network.decoder.block)}. Lower matching_start or widen the network."
         )
-    number, picture, taste, control, identity = _basis(width, seed).split((rank, rank, rank, _CONTROL, spare), dim=1)
+    number, picture, taste, control, identity = torch.from_numpy(_basis(width, seed)).float().split((rank, rank, rank, _CONTROL, spare), dim=1)
     is_user, is_item, is_start = control.T
     std, length = settings.embedding_std or 1.0, width**0.5
 
