@@ -153,7 +153,7 @@ def test_shuffled_lists_keep_picture_and_answer_and_draw_numbers_of_others(tmp_p
 
 
 @pytest.mark.parametrize("wrong", [{"choice_softmax": "list", "number_tokens": "digits"},
-                                   {"shuffled_numbers": 1.5}, {"choice_softmax": "candidates"}, {"matching_start": 3, "number_tokens": "digits"}])  # fmt: skip
+                                   {"shuffled_numbers": 1.5}, {"choice_softmax": "candidates"}, {"matching_start": 3, "number_tokens": "digits"}, {"matching_start": -1}])  # fmt: skip
 def test_settings_from_scratch_that_cannot_be(root, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         build(root, **wrong)

@@ -195,6 +195,8 @@ class VIP5(SequentialRecommender):
         ):
             if config[key] not in allowed:
                 raise UserError(f"{key}: expected one of {', '.join(map(str, allowed))}, got {config[key]!r}.")
+        if not isinstance(config["matching_start"], int) or config["matching_start"] < 0:
+            raise UserError(f"matching_start: expected a whole number of at least 0, got {config['matching_start']!r}.")
         if not isinstance(config["shuffled_numbers"], (int, float)) or not 0 <= config["shuffled_numbers"] <= 1:
             raise UserError(f"shuffled_numbers: expected a share from 0 to 1, got {config['shuffled_numbers']!r}.")
         if max(config["topk"]) > config["beams"]:

@@ -80,7 +80,9 @@ def start_matching(
             f"matching_start: {rank} needs network sizes d_kv > {rank}, d_model >= {4 * rank + _CONTROL} and num_decoder_layers >= 2, got "
             f"d_kv {head}, d_model {width} and num_decoder_layers {len(network.decoder.block)}. Lower matching_start or widen the network."
         )
-    number, picture, taste, control, identity = torch.from_numpy(_basis(width, seed)).float().split((rank, rank, rank, _CONTROL, spare), dim=1)
+    number, picture, taste, control, identity = (
+        torch.from_numpy(_basis(width, seed)).float().split((rank, rank, rank, _CONTROL, spare), dim=1)
+    )
     is_user, is_item, is_start = control.T
     std, length = settings.embedding_std or 1.0, width**0.5
 
