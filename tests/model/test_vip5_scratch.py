@@ -147,7 +147,8 @@ def test_shuffled_lists_keep_picture_and_answer_and_draw_numbers_of_others(tmp_p
             assert len(set(slots.shown_as.tolist())) == len(slots.items)
             assert slots.items[list(slots.shown_as).index(answer)] == slots.item
     assert total > 100 and 0.45 < shuffled / total < 0.75
-    assert build(root, shuffled_numbers=0.6, visual_tokens=0)[1].sampling.shuffled_numbers == 0
+    for other in ({"visual_tokens": 0}, {"published": True, "choice_softmax": "list"}):
+        assert build(root, shuffled_numbers=0.6, **other)[1].sampling.shuffled_numbers == 0
     model.train()
     assert torch.isfinite(model.calculate_loss(render(model.renderer, loader.samples(0))))
 

@@ -143,20 +143,20 @@ class VIP5(SequentialRecommender):
         self.max_explanation = 20 if self.published else config["gen_max_length"]
         train_items = np.unique(dataset.inter_feat[self.ITEM_ID].cpu().numpy())
         whole = self.scratch and own_tokenizer and config["number_tokens"] == "whole"
-        for key in ("collaborative_start", "matching_start"):
-            if config[key] and self.scratch:
-                if not whole:
-                    raise UserError(f"{key} sets the embeddings of users' and items' numbers, so it needs number_tokens: whole and no tokenizer of your own.")  # fmt: skip
-                self._start(dataset, config)
-                break
+        start = next((key for key in ("matching_start", "collaborative_start") if config[key]), None)
+        if start and self.scratch:
+            if not whole:
+                raise UserError(f"{start} sets the embeddings of users' and items' numbers, so it needs number_tokens: whole and no tokenizer of your own. Set {start}: 0 otherwise.")  # fmt: skip
+            self._start(dataset, config)
         # What the search never has to choose between is no negative of the softmax either: words, users, and items that training lacks,
         # of which nothing can be learned but that they are wrong. Only possible where a number is one piece of the model's own vocabulary.
         every = np.arange(1, self.n_items)
         known = train_items if config["negative_items"] == "train" else every
         restricted = whole and not self.published and config["search_scores"] == "trie"
-        if config["choice_softmax"] == "list" and self.scratch and not restricted:
-            raise UserError("choice_softmax: list needs a tokenizer trained on the dataset, number_tokens: whole and search_scores: trie.")
-        shuffled = config["shuffled_numbers"] if self.k else 0.0  # without pictures nothing tells shuffled items apart
+        if config["choice_softmax"] == "list" and self.scratch and not (restricted or self.published):
+            raise UserError("choice_softmax: list needs a tokenizer trained on the dataset, number_tokens: whole and search_scores: trie. Set choice_softmax: items otherwise.")  # fmt: skip
+        # without pictures nothing tells shuffled items apart; the release shuffles nothing
+        shuffled = config["shuffled_numbers"] if self.k and not self.published else 0.0
         answers = torch.zeros(2, self.pieces.size, dtype=torch.bool)  # of the sequential and the direct task; empty: no restriction
         if restricted:
             answers[:, self._number_tokens(self.facts.item_number, known)] = True
