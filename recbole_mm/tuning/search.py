@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from recbole_mm.config import Config
 from recbole_mm.errors import UserError, nearest
-from recbole_mm.files import write_json, write_text
+from recbole_mm.files import clear_leftovers, write_json, write_text
 from recbole_mm.quick_start import run, test_run
 from recbole_mm.tuning.space import Parameter, grid_points
 
@@ -207,7 +207,7 @@ class Search:
             raise optuna.TrialPruned
         values = {} if kind == "defaults" else {p.name: p.suggest(trial) for p in self.space}
         trial.set_user_attr("settings", json.dumps(values))
-        name = f"trial-{trial.number:05d}"
+        name = _run_name(trial)
         shutil.rmtree(self.folder / "trials" / name, ignore_errors=True)
 
         def report(epoch: int, score: float) -> None:
@@ -268,6 +268,11 @@ class Search:
             UserError: when every trial failed.
         """
         trials = self.study.get_trials(deepcopy=False)
+        for trial in trials:
+            if (
+                trial.state == TrialState.FAIL
+            ):  # its process may have been killed while it wrote a file, and the repeat has a folder of its own
+                clear_leftovers(self.folder / "trials" / _run_name(trial))
         repeats = _repeats(trials)
         trials = [t for t in trials if t.user_attrs.get("kind") != "surplus" and t.number not in repeats]
         write_text(self.folder / "trials.csv", _table(trials, self.space))
@@ -319,6 +324,11 @@ def _wait_until_filled(study: optuna.Study) -> bool:
 def _place(trial) -> tuple[str | None, int | None]:
     """What an enqueued trial stands for: the defaults, or a point of the grid."""
     return trial.user_attrs.get("kind"), trial.user_attrs.get("point")
+
+
+def _run_name(trial) -> str:
+    """Folder of a trial's run below ``trials/``."""
+    return f"trial-{trial.number:05d}"
 
 
 def _order(trial) -> tuple[int, int]:

@@ -137,6 +137,26 @@ def test_a_failed_trial_is_recorded_and_stops_nothing(tastes):
     assert result["trials"]["complete"] == 2 and "learning_rate: expected a number above 0" in result["failed"][0]["error"]
 
 
+def test_what_a_killed_trial_was_writing_is_gone_in_the_end(tastes, monkeypatch):
+    """Its repeat runs in another folder, so nobody else would remove it."""
+    real = module.run
+
+    def first_dies(*args, config_dict, **kwargs):
+        if config_dict["run_name"] == "trial-00001":
+            folder = Path(config_dict["checkpoint_dir"], "trial-00001")
+            folder.mkdir(parents=True)
+            for name in (".best.l9cykvo2.pt", "run.log"):
+                (folder / name).write_text("half")
+            raise RuntimeError("killed")
+        return real(*args, config_dict=config_dict, **kwargs)
+
+    monkeypatch.setattr(module, "run", first_dies)
+    s = search(tastes, space=(LR,), strategy="grid")
+    s.work()
+    s.finish()
+    assert [f.name for f in Path("s/trials/trial-00001").iterdir()] == ["run.log"]
+
+
 def test_a_typo_stops_the_search_not_each_trial(tastes):
     with pytest.raises(UserError, match="Unknown key 'lerning_rate'"):
         search(tastes, space=[Parameter("lerning_rate", choices=(0.1,))])
