@@ -48,7 +48,6 @@ def start_matching(
     tokens: tuple[np.ndarray, np.ndarray],
     features: Tensor | None,
     seed: int,
-    direct: float = 0.5,
 ) -> None:
     """A network that begins by choosing: it finds the user, compares the user's taste with every item, and writes the number of the best.
 
@@ -61,13 +60,12 @@ def start_matching(
       number's identity to the output layer;
     * the map of pictures begins with a ridge regression from features to the items' vectors.
 
-    Without it the last two steps are found after tens of thousands of lists or not at all, and pictures do not count: a list is then chosen
-    from by the numbers alone, which say nothing of an item without training interaction.
+    Without it a small network did not find these steps within 40,000 lists of the shop: it chose by the numbers alone, which say nothing of
+    an item without training interaction (benchmarks/quality/vip5.notes.md).
 
     Args:
         network, vectors, tokens, seed: as in `start_numbers`.
         features: of all items [I, F], for the visual tokens; None without.
-        direct: how much of the user's taste also meets the numbers in the output layer, as recommending the next item needs it.
 
     Raises:
         UserError: when the network is too narrow or its decoder too shallow.
@@ -118,7 +116,8 @@ def start_matching(
     for attention in (find, match):
         attention.v.weight.zero_()
         attention.o.weight.zero_()
-    find.v.weight[:rank], find.o.weight[:, :rank] = number.T, taste + direct * number
+    find.v.weight[:rank] = number.T
+    find.o.weight[:, :rank] = taste + 0.5 * number  # half of it also meets the numbers in the output layer: the next item is found by that
     rest = torch.cat((picture, identity), dim=1)[:, : find.v.weight.shape[0] - rank]  # for words: titles and pictures pass at half strength
     find.v.weight[rank : rank + rest.shape[1]], find.o.weight[:, rank : rank + rest.shape[1]] = rest.T, 0.5 * rest
     passed = min(spare, match.v.weight.shape[0])
